@@ -1,0 +1,44 @@
+# Two commands for users (demo, test), three for those who change the code (check, format, notebooks).
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test check format clean help
+
+help:
+	@echo "make demo    set up, fetch the embedded model, run every analysis, write reports/demo/report.html"
+	@echo "make test    set up, lint, check types, run all tests"
+	@echo "make check   lint and types only"
+	@echo "make format  let ruff format the code"
+
+demo: $(VENV)/.base
+	$(PY) -m probekit demo
+
+test: $(VENV)/.dev
+	$(MAKE) check
+	$(PY) -m pytest -q --durations=10
+
+check: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "probekit needs Python 3.11 or newer, found $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(PY) pyproject.toml constraints.txt
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(PY) pyproject.toml constraints.txt
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	@touch $(VENV)/.base $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,78 @@
+"""probekit: a workbench for mechanistic interpretability at the level of single tokens.
+
+    import probekit as pk
+
+    model = pk.open_model("smollm2-135m-instruct")
+    result = pk.run("logit-lens", model, "The capital of France is Paris. The capital of Italy is Rome.")
+    result.dataset      # xarray, axes named
+    result.findings     # claims with unit, null, interval and n
+    result.figures()    # Plotly
+
+Importing probekit is light: torch, transformers and Plotly load when they are first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .analysis import Analysis as Analysis
+    from .analysis import Finding as Finding
+    from .analysis import Measure as Measure
+    from .analysis import Params as Params
+    from .analysis import Result as Result
+    from .analysis import Results as Results
+    from .analysis import load_result as load_result
+    from .analysis import load_results as load_results
+    from .analysis import param as param
+    from .analysis import register as register
+    from .api import list_analyses as list_analyses
+    from .api import list_models as list_models
+    from .api import plan as plan
+    from .api import report as report
+    from .api import run as run
+    from .core import Capture as Capture
+    from .core import Forward as Forward
+    from .core import Point as Point
+    from .core import ProbekitError as ProbekitError
+    from .models import open_model as open_model
+
+_WHERE = {
+    "Analysis": "analysis",
+    "Capture": "core",
+    "Finding": "analysis",
+    "Forward": "core",
+    "Measure": "analysis",
+    "Params": "analysis",
+    "Point": "core",
+    "ProbekitError": "core",
+    "Result": "analysis",
+    "Results": "analysis",
+    "list_analyses": "api",
+    "list_models": "api",
+    "load_result": "analysis",
+    "load_results": "analysis",
+    "open_model": "models",
+    "param": "analysis",
+    "plan": "api",
+    "register": "analysis",
+    "report": "api",
+    "run": "api",
+}
+_MODULES = ("plots", "reduce", "stats")
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

@@ -1,0 +1,125 @@
+"""The contract of an analysis: say what to see, be sent what was seen, return labelled numbers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from probekit.core import ModelInfo, Request, Trace, check_axes
+
+from .finding import Finding
+from .params import Params
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from probekit.plots import Drawing
+
+    from .result import Result
+
+P = TypeVar("P", bound=Params)
+Flow = Generator[Request, Trace, "xr.Dataset"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one variable of a result means.
+
+    Args:
+        dims: its axes, from `probekit.core.AXES`.
+        unit: its unit, such as "nats"; "1" for a pure number.
+        help: what it answers, in one sentence, weighting and masking included.
+    """
+
+    dims: tuple[str, ...]
+    unit: str
+    help: str
+
+    def __post_init__(self) -> None:
+        check_axes(self.dims, f"the measure {self.help!r}")
+
+
+class Analysis:
+    """One phenomenon. Subclass it in one file of `probekit/phenomena`, decorate it with `register`.
+
+    The common case overrides `observe` and `compute`. An analysis that needs a second look at the
+    model overrides `flow` instead: a generator that yields requests and is sent traces. An analysis
+    never touches a model, keeps no state, and gives the same answer for the same traces.
+
+    The docstring of a subclass has the sections Question, Method, Null, Known failure modes and
+    References.
+
+    Attributes:
+        name: kebab-case name, for the command line and the report.
+        title: the same in words.
+        measures: every variable that `compute` returns, with axes, unit and meaning.
+        Params: a frozen dataclass of parameters.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    measures: ClassVar[Mapping[str, Measure]]
+    Params: ClassVar[type[Params]] = Params
+
+    def min_tokens(self, params: Any) -> int:
+        """The shortest text, in tokens, on which this analysis means something."""
+        return 2
+
+    def observe(self, params: Any, info: ModelInfo) -> Request:
+        """What to look at: the request for the only pass."""
+        raise NotImplementedError(f"{type(self).__name__} must define observe and compute, or flow")
+
+    def compute(self, trace: Trace, params: Any) -> xr.Dataset:
+        """The result's variables, from what was seen."""
+        raise NotImplementedError(f"{type(self).__name__} must define observe and compute, or flow")
+
+    def flow(self, params: Any, info: ModelInfo) -> Flow:
+        """The whole conversation; override for more than one look at the model."""
+        trace = yield self.observe(params, info)
+        return self.compute(trace, params)
+
+    def findings(self, result: Result) -> list[Finding]:
+        """Claims with their evidence, most important first."""
+        raise NotImplementedError(f"{type(self).__name__} must define findings")
+
+    def draw(self, result: Result) -> dict[str, Drawing]:
+        """Figures and token strips, by a short name. Draws what the result holds and computes nothing new."""
+        raise NotImplementedError(f"{type(self).__name__} must define draw")
+
+    @classmethod
+    def section(cls, heading: str) -> str:
+        """The paragraph of the class docstring under `heading`, "" if there is none."""
+        lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
+        if f"{heading}:" not in lines:
+            return ""
+        body = []
+        for line in lines[lines.index(f"{heading}:") + 1 :]:
+            if line and not line.startswith(" "):
+                break
+            body.append(line.strip())
+        return "\n".join(body).strip()
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the class docstring."""
+        return inspect.cleandoc(cls.__doc__ or cls.title).splitlines()[0]
+
+    def check(self, dataset: xr.Dataset) -> xr.Dataset:
+        """`dataset`, with units attached, after checking it against `measures`.
+
+        Raises:
+            ValueError: a variable is missing, undeclared, or has other axes than declared.
+        """
+        found, declared = set(map(str, dataset.data_vars)), set(self.measures)
+        if found != declared:
+            raise ValueError(
+                f"{self.name} returned variables that differ from its measures: "
+                f"missing {sorted(declared - found)}, undeclared {sorted(found - declared)}"
+            )
+        for name, measure in self.measures.items():
+            if dataset[name].dims != measure.dims:
+                raise ValueError(f"{self.name}: {name} has axes {dataset[name].dims}, declared {measure.dims}")
+            dataset[name].attrs.update(units=measure.unit, long_name=measure.help)
+        return dataset

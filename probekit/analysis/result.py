@@ -1,0 +1,190 @@
+"""What an analysis found: labelled numbers, claims, figures; saves to and loads from Zarr."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probekit.core import InputError, StoreError, unknown
+from probekit.core.storage import groups, read_group, replacing, write_group
+
+from .contract import Analysis
+from .finding import Finding
+from .params import Params
+from .registry import get_analysis
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from probekit.plots import Drawing
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one analysis on one model and some texts.
+
+    Args:
+        analysis: the analysis that computed it.
+        params: the parameters it ran with.
+        dataset: its variables, as declared in `analysis.measures`, with units in their attributes.
+        provenance: model, tokens, versions, plan.
+    """
+
+    analysis: Analysis
+    params: Params
+    dataset: xr.Dataset
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The analysis' name."""
+        return self.analysis.name
+
+    def __getitem__(self, variable: str) -> xr.DataArray:
+        """One variable of the dataset.
+
+        Raises:
+            UnknownName: the analysis measures nothing of this name.
+        """
+        if variable not in self.dataset:
+            raise unknown(f"variable of {self.name}", variable, map(str, self.dataset.variables))
+        return self.dataset[variable]
+
+    @property
+    def about(self) -> str:
+        """Model and corpus in one line, for captions."""
+        texts, model = self.provenance.get("texts", {}), self.provenance.get("model", {})
+        n_texts, n_tokens = texts.get("n_texts", 0), texts.get("n_tokens", 0)
+        return f"{model.get('name', 'model')}, {n_texts} text{'s' * (n_texts != 1)}, {n_tokens:,} tokens."
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Claims with value, unit, null, interval and n; most important first."""
+        found = self.analysis.findings(self)
+        return [Finding.from_dict(f.as_dict() | {"analysis": self.name}) for f in found]
+
+    def figures(self) -> dict[str, Drawing]:
+        """Figures (and token strips) by name; each renders itself in Jupyter."""
+        return self.analysis.draw(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a Zarr store at `path`, replacing a probekit result that is there.
+
+        Raises:
+            StoreError: `path` holds something else, or cannot be written.
+        """
+        return save_results({self.name: self}, path)
+
+    def _repr_html_(self) -> str:
+        from probekit.report import findings_html
+
+        variables = ", ".join(
+            f"<code>{html.escape(str(n))}</code> ({', '.join(map(str, a.dims))})"
+            for n, a in self.dataset.data_vars.items()
+        )
+        return (
+            f"<h3>{html.escape(self.analysis.title)}</h3>{findings_html(self.findings)}"
+            f"<p>variables of <code>.dataset</code>: {variables}</p>"
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"Result of {self.name} ({dict(self.dataset.sizes)})"]
+        return "\n".join([*lines, *(f"  {f.claim} [{f.evidence}]" for f in self.findings)])
+
+
+class Results(Mapping[str, Result]):
+    """Results of one run, by analysis name; shows every result in Jupyter."""
+
+    def __init__(self, results: Mapping[str, Result]) -> None:
+        self._results = dict(results)
+
+    def __getitem__(self, name: str) -> Result:
+        if name not in self._results:
+            raise unknown("result", name, self._results)
+        return self._results[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The findings of every result, in order."""
+        return [f for r in self.values() for f in r.findings]
+
+    def save(self, path: str | Path) -> Path:
+        """Write every result to one Zarr store, a group each."""
+        return save_results(self, path)
+
+    def _repr_html_(self) -> str:
+        return "".join(r._repr_html_() for r in self.values())
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.values()))
+
+
+def save_results(results: Mapping[str, Result], path: str | Path) -> Path:
+    """Write results to a Zarr store, one group each; nothing is left behind if it fails.
+
+    Raises:
+        StoreError: the path holds something that probekit did not write, or cannot be written.
+    """
+    with replacing(Path(path)) as folder:
+        for name, result in results.items():
+            attrs = {
+                "analysis": result.name,
+                "params": json.dumps(result.params.as_dict()),
+                "provenance": json.dumps(dict(result.provenance), sort_keys=True),
+            }
+            write_group(result.dataset, folder, name, attrs)
+    return Path(path)
+
+
+def load_results(path: str | Path) -> Results:
+    """Every result of a Zarr store or of a run's folder.
+
+    Raises:
+        StoreError: there is no probekit result at this path, or it is of a newer format.
+    """
+    path = Path(path)
+    store = path / "results.zarr" if (path / "results.zarr").is_dir() else path
+    names = groups(store)
+    if not names:
+        raise StoreError(
+            f"No probekit results at {path}. Give the folder of a run (the one with report.html), "
+            "its results.zarr, or a path that Result.save wrote."
+        )
+    return Results({name: _read(store, name) for name in names})
+
+
+def load_result(path: str | Path, name: str | None = None) -> Result:
+    """One saved result, with its figures and findings; needs no model and loads no torch.
+
+    Args:
+        path: what `Result.save` or `probekit run --out` wrote.
+        name: the analysis, where the store holds several.
+
+    Raises:
+        StoreError: there is no probekit result at this path.
+        InputError: the store holds several results and `name` is missing, or it holds no such result.
+    """
+    results = load_results(path)
+    if name is None:
+        if len(results) > 1:
+            raise InputError(f"{path} holds {len(results)} results; name one of: {', '.join(results)}.")
+        name = next(iter(results))
+    return results[name]
+
+
+def _read(store: Path, group: str) -> Result:
+    dataset, attrs = read_group(store, group)
+    analysis = get_analysis(attrs["analysis"])
+    ordered = dataset[list(analysis.measures)]
+    params = analysis.Params.parse(json.loads(attrs["params"]), analysis.name)
+    return Result(analysis, params, analysis.check(ordered), json.loads(attrs["provenance"]))

@@ -1,0 +1,189 @@
+"""The verbs: run, plan, report, and what there is to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from probekit.analysis import Result, Results, analyses, get_analyses
+from probekit.core import Batch, BosPolicy, InputError, Model, TextError, unknown
+from probekit.engine import Job, Plan, check_texts, first_plan, run_jobs
+
+
+def make_jobs(names: str | Iterable[str], params: dict[str, Any]) -> list[Job]:
+    """Analyses with their parameters.
+
+    Args:
+        names: names of analyses, or "all".
+        params: a plain name sets the parameter of every chosen analysis that has it; the name of an
+            analysis (in snake_case or kebab-case) with a dictionary sets that analysis' own.
+
+    Raises:
+        UnknownName: an analysis or a parameter does not exist.
+        InputError: a value of the wrong type or out of bounds.
+    """
+    chosen = get_analyses(names)
+    own = {a.name: dict(params.get(a.name) or params.get(a.name.replace("-", "_")) or {}) for a in chosen}
+    shared = {k: v for k, v in params.items() if k.replace("_", "-") not in own}
+    known = {name for a in chosen for name in a.Params.specs()}
+    for name in shared:
+        if name not in known:
+            raise unknown(f"parameter of {', '.join(own)}", name, known)
+    jobs = []
+    for analysis in chosen:
+        fitting = {k: v for k, v in shared.items() if k in analysis.Params.specs()}
+        jobs.append(Job(analysis, analysis.Params.parse(fitting | own[analysis.name], analysis.name)))
+    return jobs
+
+
+def make_batch(model: Model, jobs: Sequence[Job], texts: Any, bos: BosPolicy, window: int | None) -> Batch:
+    """The exact tokens that will run, checked against what the analyses and the model need.
+
+    Raises:
+        TextError: a text is empty, too short for an analysis or too long for the model.
+    """
+    if isinstance(texts, Batch):
+        batch = texts
+    else:
+        if not isinstance(texts, (str, Sequence)):
+            raise InputError(f"texts must be a string or a list of strings, found {type(texts).__name__}.")
+        batch = model.tokenize([texts] if isinstance(texts, str) else list(texts), bos)
+    if window is not None:
+        if window < 2:
+            raise InputError(f"window must be at least 2 tokens, found {window}.")
+        longest = max(batch.lengths)
+        batch = batch.windows(window)
+        if not len(batch):
+            raise TextError(f"No text fills a window of {window} tokens; the longest has {longest}.")
+    check_texts(jobs, batch, model.info.context_length)
+    return batch
+
+
+def _open(model: Any) -> Model:
+    from probekit.models import open_model
+
+    return open_model(model, lazy=True)
+
+
+@overload
+def run(names: str, model: Any, texts: Any, **params: Any) -> Result: ...
+@overload
+def run(names: Sequence[str], model: Any, texts: Any, **params: Any) -> Results: ...
+def run(
+    names: str | Sequence[str],
+    model: Any,
+    texts: Any,
+    *,
+    bos: BosPolicy = "model",
+    window: int | None = None,
+    memory_limit: int | None = None,
+    progress: bool = True,
+    **params: Any,
+) -> Result | Results:
+    """Run analyses together: every text goes through the model once for all of them.
+
+    Args:
+        names: one name (returns its result), or several, or ["all"] (returns results by name).
+        model: an opened model, or anything that `open_model` takes.
+        texts: a text, or a list of texts; a tokenised `Batch` runs as it is.
+        bos: "model" adds what the tokenizer adds by itself, "always" a beginning-of-sequence token, "never" nothing.
+        window: cut each text into consecutive windows of so many tokens and treat them as texts.
+        memory_limit: bytes that may be used above the loaded model; most of the free memory if None.
+        progress: show a progress bar where standard error is a terminal.
+        params: parameters of the analyses. `top_k=5` reaches every chosen analysis that has a
+            `top_k`; `logit_lens={"top_k": 5}` only that one.
+
+    Raises:
+        ProbekitError: anything that was asked for cannot be done; nothing has run then.
+
+    Example:
+        >>> run("token-uncertainty", "smollm2-135m-instruct", "One two three four.")  # doctest: +SKIP
+    """
+    jobs = make_jobs(names, params)
+    opened = _open(model)
+    batch = make_batch(opened, jobs, texts, bos, window)
+    if hasattr(opened, "load"):
+        opened.load()
+    corpus = {} if window is None else {"window": window}
+    results = run_jobs(jobs, opened, batch, memory_limit=memory_limit, progress=progress, corpus=corpus)
+    return results[names] if isinstance(names, str) and names != "all" else results
+
+
+def plan(
+    names: str | Sequence[str],
+    model: Any,
+    texts: Any,
+    *,
+    bos: BosPolicy = "model",
+    window: int | None = None,
+    memory_limit: int | None = None,
+    **params: Any,
+) -> list[Plan]:
+    """What a run would cost; loads the tokenizer but no weights.
+
+    Args:
+        names: as in `run`.
+        model: as in `run`.
+        texts: as in `run`.
+        bos: as in `run`.
+        window: as in `run`.
+        memory_limit: as in `run`.
+        params: as in `run`.
+
+    Returns:
+        One plan per pass of the first round.
+
+    Raises:
+        PlanError: it does not fit in memory; says what would be needed.
+    """
+    jobs = make_jobs(names, params)
+    opened = _open(model)
+    batch = make_batch(opened, jobs, texts, bos, window)
+    return first_plan(jobs, opened.info, batch, memory_limit)
+
+
+def report(results: Result | Results | Iterable[Result], folder: str | Path) -> Path:
+    """Write a report: report.html, findings.json, results.zarr and manifest.json.
+
+    Args:
+        results: what `run` returned.
+        folder: where to write; an older run there is replaced, other files stay.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    from probekit.report import write_run
+
+    if isinstance(results, Result):
+        results = Results({results.name: results})
+    elif not isinstance(results, Results):
+        results = Results({r.name: r for r in results})
+    if not len(results):
+        raise InputError("There is no result to report.")
+    return write_run(results, Path(folder), manifest(results))
+
+
+def manifest(results: Results) -> dict[str, Any]:
+    """What fixes the numbers of a run, in one place."""
+    first = next(iter(results.values()))
+    parameters = {name: r.params.as_dict() for name, r in results.items()}
+    return {**first.provenance, "analyses": list(results), "parameters": parameters}
+
+
+def list_analyses() -> dict[str, str]:
+    """Every analysis and the question it answers, by name."""
+    return {name: analysis.summary() for name, analysis in analyses().items()}
+
+
+def list_models() -> list[dict[str, Any]]:
+    """The models that come embedded: name, licence, size, what they can do, whether they are cached."""
+    from dataclasses import asdict
+
+    from probekit.catalog import listing
+
+    return [asdict(row) for row in listing()]
+

@@ -1,0 +1,258 @@
+"""The text-embedding backend: an encoder in sentence-transformers' layout."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from probekit.core import (
+    Batch,
+    BosPolicy,
+    CapabilityError,
+    Embed,
+    InputError,
+    ModelError,
+    ModelInfo,
+    Progress,
+    Request,
+    TextError,
+)
+
+_TEXTS_AT_ONCE = 32
+
+
+class SentenceTransformersModel:
+    """A text-embedding model: turns each text into one vector.
+
+    Build it with `probekit.open_model`. Texts run as they are, without the prompts that some
+    models define for queries or documents.
+    """
+
+    def __init__(self, folder: Path, name: str, revision: str, dtype: str | None, device: str | None) -> None:
+        self._folder, self._name, self._revision = folder, name, revision
+        self._dtype, self._device = dtype, device
+        self._module: Any = None
+        self._lock = threading.RLock()
+        self._config, self.tokenizer = _read(_transformer_folder(folder), name)
+        self._weights_hash: str | None = None
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, *, name: str, revision: str = "", dtype: str | None = None, device: str | None = None
+    ) -> Self:
+        """A model saved in a folder; reads configuration and tokenizer now, the weights at `load`.
+
+        Args:
+            folder: holds modules.json and what it names.
+            name: the spelling under which it was opened.
+            revision: commit or version of the weights.
+            dtype: type of the weights, such as "float32"; as stored if None.
+            device: where to put them; the first accelerator, or else the CPU, if None.
+
+        Raises:
+            ModelError: the folder holds no sentence-transformers model.
+        """
+        return cls(folder, name, revision, dtype, device)
+
+    def load(self) -> Self:
+        """Load the weights, if they are not loaded yet."""
+        with self._lock:
+            if self._module is None:
+                self._module = self._read_weights()
+        return self
+
+    def _read_weights(self) -> Any:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = {"dtype": getattr(torch, self._dtype)} if self._dtype else None
+        try:
+            module = SentenceTransformer(str(self._folder), device=device, local_files_only=True, model_kwargs=wanted)
+        except (OSError, ValueError, LookupError) as error:
+            raise ModelError(f"{self._name!r} cannot be read as a sentence-transformers model: {error}") from error
+        return module.eval()
+
+    @property
+    def module(self) -> Any:
+        """The sentence-transformers model itself; loads the weights if they are not loaded yet."""
+        return self.load()._module
+
+    @property
+    def info(self) -> ModelInfo:
+        """Sizes and capabilities."""
+        c = self._config
+        heads = c.num_attention_heads
+        weight = next(self._module.parameters()) if self._module is not None else None
+        return ModelInfo(
+            name=self._name,
+            kind="encoder",
+            architecture=c.model_type,
+            n_layers=c.num_hidden_layers,
+            n_heads=heads,
+            n_kv_heads=getattr(c, "num_key_value_heads", None) or heads,
+            d_model=c.hidden_size,
+            d_head=getattr(c, "head_dim", None) or c.hidden_size // heads,
+            d_mlp=getattr(c, "intermediate_size", None) or getattr(c, "d_ff", None) or 4 * c.hidden_size,
+            d_vocab=c.vocab_size,
+            n_params=self._n_params(),
+            context_length=self.context_length,
+            dtype=str(weight.dtype if weight is not None else self._dtype or c.dtype or "float32").split(".")[-1],
+            device=str(weight.device) if weight is not None else "not loaded",
+            sites=frozenset(),
+            has_bos=self.tokenizer.bos_token_id is not None,
+            revision=self._revision,
+        )
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest text in tokens, special tokens included."""
+        said = _json(_transformer_folder(self._folder) / "sentence_bert_config.json").get("max_seq_length")
+        return said or getattr(self._config, "max_position_embeddings", None)
+
+    def _n_params(self) -> int:
+        if self._module is not None:
+            return sum(p.numel() for p in self._module.parameters())
+        import torch
+        from transformers import AutoModel
+
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModel.from_config(self._config).parameters())
+
+    def tokenize(self, texts: Sequence[str], bos: BosPolicy = "model") -> Batch:
+        """The exact token ids that will run, the special tokens of the model included.
+
+        Raises:
+            TextError: a text is empty or longer than the model reads.
+            InputError: `bos` asks for other special tokens than the model was trained with.
+        """
+        if bos != "model":
+            raise InputError(f"An encoder needs its own special tokens: expected bos='model', found {bos!r}.")
+        from .transformers.tokens import tokenize
+
+        batch = tokenize(self.tokenizer, texts, bos)
+        self._check_lengths(batch)
+        return batch
+
+    def decode(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """What each token id shows as."""
+        from .transformers.tokens import token_strings
+
+        return token_strings(self.tokenizer, ids)
+
+    def _check_lengths(self, batch: Batch) -> None:
+        limit = self.context_length
+        for i, n in zip(batch.index, batch.lengths, strict=True):
+            if limit is not None and n > limit:
+                raise TextError(f"Text {i} has {n} tokens; {self._name!r} reads at most {limit}. Cut it into pieces.")
+
+    def provenance(self) -> dict[str, Any]:
+        """What fixes this model's numbers."""
+        from .transformers.tokens import tokenizer_hash
+
+        packages = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
+        return {
+            "model": self.info.as_dict(),
+            "weights_hash": self.weights_hash(),
+            "attention": getattr(self.module[0].model.config, "_attn_implementation", "") or "eager",
+            "tokenizer_hash": tokenizer_hash(self.tokenizer),
+            "versions": {p: importlib.metadata.version(p) for p in packages},
+            "backend": "sentence_transformers",
+        }
+
+    def weights_hash(self) -> str:
+        """sha256 over the names and values of the weights."""
+        if self._weights_hash is None:
+            import torch
+
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.module.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._weights_hash = digest.hexdigest()
+        return self._weights_hash
+
+    def execute(self, request: Request, batch: Batch, progress: Progress | None = None) -> np.ndarray:
+        """One embedding per text, float32, axes (text, d_model).
+
+        Args:
+            request: an `Embed`.
+            batch: the texts.
+            progress: is told the work done, in GFLOP.
+
+        Raises:
+            CapabilityError: the request needs a language model.
+            TextError: a text is longer than the model reads.
+        """
+        if not isinstance(request, Embed):
+            raise CapabilityError(
+                f"{self._name!r} is a text-embedding model (an encoder), and this analysis needs a language model "
+                "(a decoder) that predicts the next token. Open one, such as the embedded 'smollm2-135m-instruct'."
+            )
+        self._check_lengths(batch)
+        done = []
+        with self._lock:
+            for start in range(0, len(batch), _TEXTS_AT_ONCE):
+                part = batch.select(range(start, min(start + _TEXTS_AT_ONCE, len(batch))))
+                done.append(self._run(part, request.normalise))
+                if progress is not None:
+                    progress(2e-9 * part.n_tokens * self.info.n_params)
+        return np.concatenate(done)
+
+    def _run(self, batch: Batch, normalise: bool) -> np.ndarray:
+        import torch
+        from sentence_transformers.sentence_transformer.modules import Normalize
+
+        module = self.module
+        ids = torch.full((len(batch), max(batch.lengths)), self.tokenizer.pad_token_id or 0, device=module.device)
+        mask = torch.zeros_like(ids)
+        for i, text in enumerate(batch):
+            ids[i, : len(text)] = torch.tensor(text.ids)
+            mask[i, : len(text)] = 1
+        features: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        with torch.no_grad():
+            for step in module:
+                if not isinstance(step, Normalize):
+                    features = step(features)
+            found = features["sentence_embedding"].float()
+            return (torch.nn.functional.normalize(found, dim=-1) if normalise else found).cpu().numpy()
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit-length embeddings of the texts, float32, axes (text, d_model).
+
+        Example:
+            >>> open_model("all-minilm-l6-v2").embed(["a cat", "a kitten"]).shape  # doctest: +SKIP
+            (2, 384)
+        """
+        return self.execute(Embed(), self.tokenize(texts))
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _transformer_folder(folder: Path) -> Path:
+    modules = _json(folder / "modules.json") or []
+    paths = [m.get("path", "") for m in modules if str(m.get("type", "")).endswith("Transformer")]
+    if not paths:
+        raise ModelError(f"{folder} is no sentence-transformers model: no modules.json that names a Transformer.")
+    return folder / paths[0]
+
+
+def _read(folder: Path, name: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        return (
+            AutoConfig.from_pretrained(folder, local_files_only=True),
+            AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name!r} cannot be read as a text-embedding model: {error}") from error

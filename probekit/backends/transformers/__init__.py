@@ -1,0 +1,5 @@
+"""The native backend: a transformers decoder, left as it is, watched through hooks."""
+
+from .model import TransformersModel
+
+__all__ = ["TransformersModel"]

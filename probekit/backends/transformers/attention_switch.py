@@ -1,0 +1,129 @@
+"""One attention function, registered with transformers, that shows probabilities to whoever is watching.
+
+While a pass watches, the model's attention implementation is this function; afterwards it is what
+it was. Watched layers run in streamed float32 blocks (`probekit.reduce.attention_blocks`), all
+others in the model's own implementation. Nothing ever holds query × key as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from probekit.core import CapabilityError
+from probekit.reduce.attention_blocks import AttentionBlock, AttentionMath, _Scratch, stream_attention
+
+NAME = "probekit"
+OnBlock = Callable[[int, AttentionBlock], None]
+
+
+class _Watch:
+    """Who looks at which layers during one pass, and what attention would be otherwise."""
+
+    def __init__(self, layers: frozenset[int], lengths: tuple[int, ...], on_block: OnBlock, own: str) -> None:
+        self.layers, self.lengths, self.on_block, self.own = layers, lengths, on_block, own
+        self.scratch = _Scratch()
+
+
+_WATCH: ContextVar[_Watch | None] = ContextVar("probekit_watch", default=None)
+
+
+def _fallback(own: str) -> Callable[..., Any]:
+    # "eager" is a function of each model's own file and not in the registry; SDPA computes the same.
+    functions = AttentionInterface()
+    return functions[own] if own in functions and own != NAME else functions["sdpa"]
+
+
+def watched_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers' models call it; streamed where a pass watches this layer.
+
+    Args:
+        module: the attention module; its `layer_idx` is the block number.
+        query: axes text, head, token, d_head.
+        key: axes text, key-value head, token, d_head.
+        value: axes text, key-value head, token, d_value.
+        attention_mask: axes text (or 1), 1, query, key, True where a pair is allowed; None if causal.
+        scaling: factor on q · k.
+        dropout: passed on; zero while a pass watches.
+        rest: whatever else the model's file hands to its attention function.
+
+    Returns:
+        Output, axes text, token, head, d_value; and None in place of probabilities.
+    """
+    watch = _WATCH.get()
+    layer = getattr(module, "layer_idx", None)
+    own = _fallback(watch.own if watch else "sdpa")
+    if watch is None or layer not in watch.layers:
+        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
+    if rest.get("s_aux") is not None or rest.get("position_bias") is not None:
+        raise CapabilityError(
+            f"Layer {layer} ({type(module).__name__}) has learned sinks or a position bias, which "
+            "probekit's attention statistics do not cover yet. Leave out the analyses of attention."
+        )
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    math = AttentionMath(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=rest.get("softcap"),
+        mask=attention_mask,
+    )
+    exact = query.dtype == torch.float32
+    # In half precision the model's own kernel makes the output, so that its numbers stay its own.
+    shown = value if exact else value[..., :0]
+    out = stream_attention(
+        query, key, shown, math, watch.lengths, lambda block: watch.on_block(layer, block), scratch=watch.scratch
+    )
+    if not exact:
+        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, watched_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def watching(
+    model: nn.Module, layers: frozenset[int], lengths: tuple[int, ...], on_block: OnBlock
+) -> Iterator[None]:
+    """Show the attention of some layers to `on_block` while the block runs; then all is as before.
+
+    Args:
+        model: the transformers model.
+        layers: block numbers to watch; with none, nothing is switched.
+        lengths: tokens per text of the batch that will run.
+        on_block: is called with the block number and each `AttentionBlock`.
+    """
+    if not layers:
+        yield
+        return
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: getattr(c, "_attn_implementation_internal", None) for key, c in configs.items()}
+    own = next((name for name in before.values() if name), "sdpa")
+    token = _WATCH.set(_Watch(layers, lengths, on_block, own))
+    try:
+        for key, config in configs.items():
+            if before[key] is not None:
+                config._attn_implementation_internal = NAME
+        yield
+    finally:
+        _WATCH.reset(token)
+        for key, config in configs.items():
+            if before[key] is not None:
+                config._attn_implementation_internal = before[key]

@@ -1,0 +1,221 @@
+"""The command line: demo, list, models, run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from probekit import __version__
+from probekit.analysis import Analysis, ParamSpec, analyses, load_file, strongest
+from probekit.core import InputError, ProbekitError
+
+DEMO_FOLDER = Path("reports/demo")
+_OWN, _ALL = "own__", "all__"  # prefixes of click's names for the flags of one analysis and of all
+
+
+class _Group(click.Group):
+    """Turns probekit's errors into one clear message and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ProbekitError as error:
+            raise _Refused(str(error)) from error
+
+
+class _Refused(click.ClickException):
+    exit_code = 2
+
+
+class _RunCommand(click.Command):
+    """`run` with a flag for every parameter of every analysis, also of the files given with --load."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        files = [value for flag, value in zip(args, args[1:], strict=False) if flag == "--load"]
+        files += [a.split("=", 1)[1] for a in args if a.startswith("--load=")]
+        try:
+            for file in files:
+                load_file(file)
+        except ProbekitError as error:
+            raise _Refused(str(error)) from error
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *parameter_flags(analyses())]
+
+
+def parameter_flags(known: dict[str, Analysis]) -> list[click.Parameter]:
+    """One flag per parameter name; `--logit-lens.top-k` reaches one analysis only, `--top-k` all that have it."""
+    shared: dict[str, dict[str, ParamSpec]] = {}
+    flags: list[click.Parameter] = []
+    for name, analysis in known.items():
+        for spec in analysis.Params.specs().values():
+            shared.setdefault(spec.name, {})[name] = spec
+            flag = f"--{name}.{spec.name.replace('_', '-')}"
+            flags.append(click.Option([flag, f"{_OWN}{name.replace('-', '_')}__{spec.name}"], hidden=True))
+    for parameter, owners in shared.items():
+        text = "; ".join(f"{name}: {spec.help} ({_fine_print(spec)})" for name, spec in owners.items())
+        flags.append(click.Option([f"--{parameter.replace('_', '-')}", f"{_ALL}{parameter}"], help=text))
+    return flags
+
+
+def _fine_print(spec: ParamSpec) -> str:
+    unit = f" {spec.unit}" if spec.unit not in ("", "1") else ""
+    return ", ".join(note for note in (spec.bounds, f"default {spec.default}{unit}") if note)
+
+
+def gather(values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as `probekit.run` takes them, from the flags that were given."""
+    params: dict[str, Any] = {}
+    for key, value in values.items():
+        if value is None:
+            continue
+        if key.startswith(_OWN):
+            name, _, parameter = key.removeprefix(_OWN).partition("__")
+            params.setdefault(name, {})[parameter] = value
+        else:
+            params[key.removeprefix(_ALL)] = value
+    return params
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="probekit")
+def cli() -> None:
+    """Look inside a language model, token by token.
+
+    One instrumented forward pass captures, per layer and token, attention sinks, activations,
+    uncertainty and the logit lens; analyses turn that into findings with units, nulls and intervals.
+    """
+
+
+@cli.command("list")
+def list_command() -> None:
+    """Show every analysis, the question it answers and its parameters."""
+    for name, analysis in analyses().items():
+        click.secho(name, bold=True)
+        click.echo(f"  {analysis.summary()}")
+        for spec in analysis.Params.specs().values():
+            click.echo(f"    --{spec.name.replace('_', '-'):<18} {spec.help} ({_fine_print(spec)})")
+
+
+@cli.command("models")
+def models_command() -> None:
+    """Show the embedded models: licence, size, what they can do, whether they are cached."""
+    from probekit.catalog import listing
+
+    rows = [("NAME", "LICENCE", "SIZE", "CAN DO", "CACHED")]
+    rows += [
+        (f"{m.name}{' (default)' if m.default else ''}", m.licence, m.size, m.capabilities, "yes" if m.cached else "no")
+        for m in listing()
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo("Beside these: any Hugging Face hub id (owner/name), a local folder, or a .gguf file.")
+
+
+@cli.command("run", cls=_RunCommand)
+@click.argument("names", nargs=-1, metavar="NAME…")
+@click.option("--model", default=None, help="Name, hub id, folder or .gguf file; the embedded model if left out.")
+@click.option("--text", multiple=True, help="A text; repeat for several.")
+@click.option("--texts", multiple=True, type=click.Path(path_type=Path), help="A .txt file (one text) or .jsonl file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html and the numbers.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print what the run would cost, and stop.")
+@click.option("--bos", type=click.Choice(["model", "always", "never"]), default="model", help="Beginning-of-text token.")
+@click.option("--window", type=int, help="Cut texts into windows of so many tokens.")
+@click.option("--memory-gib", type=float, help="Memory that may be used above the loaded model.")
+@click.option("--load", multiple=True, type=click.Path(), help="A Python file of yours that registers analyses.")
+def run_command(
+    names: tuple[str, ...],
+    model: str | None,
+    text: tuple[str, ...],
+    texts: tuple[Path, ...],
+    out: Path | None,
+    only_plan: bool,
+    bos: str,
+    window: int | None,
+    memory_gib: float | None,
+    load: tuple[str, ...],  # noqa: ARG001 - read before the flags are known, see _RunCommand
+    **parameters: Any,
+) -> None:
+    """Run analyses (or: all) over texts and write a report.
+
+    \b
+    probekit run all --texts essay.txt --out reports/essay
+    probekit run logit-lens --text "The capital of France is" --top-k 5 --out reports/france
+    """
+    _execute(names, model, _texts(text, texts), out, only_plan, bos, window, memory_gib, gather(parameters))
+
+
+def _texts(given: Sequence[str], files: Sequence[Path]) -> list[str]:
+    from probekit.texts import read_texts
+
+    texts = [*given, *(t for file in files for t in read_texts(file))]
+    if not texts:
+        raise InputError('No text was given. Use --text "…" or --texts FILE.txt|.jsonl.')
+    return texts
+
+
+def _execute(
+    names: Sequence[str],
+    spec: str | None,
+    texts: list[str],
+    out: Path | None,
+    only_plan: bool,
+    bos: Any,
+    window: int | None,
+    memory_gib: float | None,
+    params: dict[str, Any],
+) -> None:
+    """Check everything that can be checked, in the order of what it costs; then run and write."""
+    from probekit import api
+    from probekit.models import default_model, open_model
+    from probekit.report import check_writable
+
+    api.make_jobs(names, params)
+    if memory_gib is not None and not memory_gib > 0:
+        raise InputError(f"--memory-gib must be above 0, found {memory_gib}.")
+    if out is None and not only_plan:
+        raise InputError("Say where the report goes with --out DIR, or ask for --plan.")
+    if out is not None:
+        check_writable(out)
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise InputError(f"Text {i} is empty. Every text needs at least one visible character.")
+    common: dict[str, Any] = {
+        "bos": bos,
+        "window": window,
+        "memory_limit": None if memory_gib is None else int(memory_gib * 2**30),
+    }
+    opened = open_model(spec or default_model(), lazy=True)
+    if only_plan:
+        for plan in api.plan(names, opened, texts, **common, **params):
+            click.echo(str(plan))
+        return
+    assert out is not None
+    results = api.run(list(names), opened, texts, **common, **params)
+    report = api.report(results, out)
+    for finding in strongest(results.findings, 3):
+        click.echo(f"• {finding.claim}\n  {finding.evidence}")
+    click.echo(f"Report: {report}")
+
+
+@cli.command("demo")
+@click.option("--out", type=click.Path(path_type=Path), default=DEMO_FOLDER, show_default=True, help="Report folder.")
+def demo_command(out: Path) -> None:
+    """Run every analysis on the embedded model over six short texts, and write a report."""
+    from probekit.demo import demo_texts
+
+    _execute(("all",), None, demo_texts(), out, False, "model", None, None, {})
+
+
+def main() -> None:
+    """Entry point of the `probekit` command."""
+    cli(prog_name="probekit")
+
+
+if __name__ == "__main__":
+    main()

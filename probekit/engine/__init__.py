@@ -1,0 +1,22 @@
+"""The engine: plans a pass, runs it once for all analyses, hands each its share."""
+
+from .lockstep import run_flows, union
+from .plan import Plan, available_memory, human, make_plan
+from .run import Job, check_texts, first_plan, run_jobs, run_pass
+from .store import load_trace, save_trace
+
+__all__ = [
+    "Job",
+    "Plan",
+    "available_memory",
+    "check_texts",
+    "first_plan",
+    "human",
+    "load_trace",
+    "make_plan",
+    "run_flows",
+    "run_jobs",
+    "run_pass",
+    "save_trace",
+    "union",
+]

@@ -1,0 +1,1 @@
+"""One file per phenomenon; every file here is found by itself."""

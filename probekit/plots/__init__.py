@@ -1,0 +1,37 @@
+"""Figure shapes and their theme. They take named arrays; they never compute statistics, read, write or show."""
+
+from .charts import bars, dots, histogram
+from .curves import lines
+from .figure import Drawing, Drawings, Figure, Quantity, Scale, TokenStrip
+from .heatmaps import heatmap
+from .page import figure_json, plotly_js
+from .text import escape, token_label, token_labels, unescape, visible
+from .theme import DIVERGING, PALETTE, PLOT_CONFIG, SEQUENTIAL, UNDEFINED
+from .words import next_words
+
+__all__ = [
+    "DIVERGING",
+    "PALETTE",
+    "PLOT_CONFIG",
+    "SEQUENTIAL",
+    "UNDEFINED",
+    "Drawing",
+    "Drawings",
+    "Figure",
+    "Quantity",
+    "Scale",
+    "TokenStrip",
+    "bars",
+    "dots",
+    "escape",
+    "figure_json",
+    "heatmap",
+    "histogram",
+    "lines",
+    "next_words",
+    "plotly_js",
+    "token_label",
+    "token_labels",
+    "unescape",
+    "visible",
+]

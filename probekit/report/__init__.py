@@ -1,0 +1,8 @@
+"""Findings and figures as one offline page, and the folder of a run."""
+
+from .page import report_html
+from .store import check_writable, write_run
+from .strips import strip_html
+from .tables import findings_html
+
+__all__ = ["check_writable", "findings_html", "report_html", "strip_html", "write_run"]

@@ -1,0 +1,80 @@
+"""Token strips: the text itself, coloured by a quantity that the reader chooses."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import numpy as np
+
+from probekit.plots import DIVERGING, SEQUENTIAL, UNDEFINED, Quantity, TokenStrip, visible
+
+from .assets import asset, environment, script_json
+
+_SIGNIFICANT = 6
+
+
+def strip_html(strip: TokenStrip) -> str:
+    """A strip as a piece of HTML that works by itself in a notebook's output, without any outside file.
+
+    Tokens travel as JSON and are shown through `textContent`; they are never part of the markup.
+    """
+    return environment().get_template("strip.html.j2").render(
+        id=f"pk-{uuid.uuid4().hex}",
+        title=visible(strip.title, keep_whitespace=True),
+        caption=visible(strip.caption, keep_whitespace=True),
+        alt=visible(strip.alt, keep_whitespace=True),
+        data=script_json(strip_data(strip)),
+        css=asset("strip.css"),
+        js=asset("strip.js"),
+    )  # fmt: skip
+
+
+def strip_data(strip: TokenStrip) -> dict[str, Any]:
+    """What `strip.js` draws, as plain data for JSON."""
+    texts = np.asarray(strip.texts).tolist()
+    return {
+        "alt": strip.alt,
+        "tokens": [visible(t, keep_whitespace=True) for t in strip.tokens],
+        "texts": texts,
+        "positions": _positions(texts),
+        "notes": [visible(n, keep_whitespace=True) for n in strip.notes],
+        "quantities": [_quantity(q) for q in strip.quantities],
+        "colors": {"sequential": SEQUENTIAL, "log": SEQUENTIAL, "diverging": DIVERGING, "undefined": UNDEFINED},
+    }
+
+
+def _positions(texts: list[Any]) -> list[int]:
+    """Place of each token within its text, counted from 0."""
+    seen: dict[Any, int] = {}
+    positions = []
+    for text in texts:
+        positions.append(seen.get(text, 0))
+        seen[text] = positions[-1] + 1
+    return positions
+
+
+def _quantity(q: Quantity) -> dict[str, Any]:
+    values = np.asarray(q.values, dtype=float)
+    low, high = _limits(values, q)
+    return {
+        "label": q.label,
+        "unit": "" if q.unit == "1" else q.unit,
+        "scale": q.scale,
+        "low": low,
+        "high": high,
+        "values": [float(f"{v:.{_SIGNIFICANT}g}") if np.isfinite(v) else None for v in values],
+    }
+
+
+def _limits(values: np.ndarray, q: Quantity) -> tuple[float | None, float | None]:
+    """Values of the lightest and the darkest colour; None where there is nothing to colour."""
+    known = values[np.isfinite(values) & ((values > 0) | (q.scale != "log"))]
+    if not known.size and (q.low is None or q.high is None):
+        return None, None
+    low = float(known.min()) if q.low is None or (q.scale == "log" and q.low <= 0) else float(q.low)
+    high = float(known.max()) if q.high is None else float(q.high)
+    if q.scale == "diverging":
+        bound = max(abs(low), abs(high))
+        return -bound, bound
+    return low, high

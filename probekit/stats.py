@@ -1,0 +1,103 @@
+"""Estimates with intervals. Texts are the independent unit: intervals come from the spread between texts.
+
+Where there are fewer than five texts, contiguous blocks of tokens stand in for them; neighbouring
+blocks are not quite independent, so such intervals are somewhat too narrow, and say what they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_TEXTS = 5
+BLOCK = 32  # tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval.
+
+    Args:
+        value: the estimate.
+        ci95: 95 % interval; None where there is one unit only.
+        n: number of units.
+        n_unit: what the units are.
+    """
+
+    value: float
+    ci95: tuple[float, float] | None
+    n: int
+    n_unit: str
+
+    def minus(self, constant: float) -> Estimate:
+        """The estimate of the difference to a constant."""
+        ci95 = None if self.ci95 is None else (self.ci95[0] - constant, self.ci95[1] - constant)
+        return Estimate(self.value - constant, ci95, self.n, self.n_unit)
+
+    def within(self, low: float, high: float) -> Estimate:
+        """The same with its interval cut to the values that are possible."""
+        ci95 = None if self.ci95 is None else (max(low, self.ci95[0]), min(high, self.ci95[1]))
+        return Estimate(self.value, ci95, self.n, self.n_unit)
+
+
+def ratio(sums: np.ndarray, weights: np.ndarray, n_unit: str) -> Estimate:
+    """sum(sums) / sum(weights), with the interval that the spread between units gives.
+
+    The linearised ratio estimator of cluster sampling with Student's t on n - 1 degrees of freedom.
+
+    Args:
+        sums: one per unit.
+        weights: one per unit, such as its number of tokens; units of weight 0 are left out.
+        n_unit: what the units are, in the plural.
+    """
+    from scipy.stats import t
+
+    used = weights > 0
+    sums, weights = sums[used].astype(float), weights[used].astype(float)
+    n = len(sums)
+    if n == 0:
+        return Estimate(float("nan"), None, 0, n_unit)
+    value = float(sums.sum() / weights.sum())
+    if n == 1:
+        return Estimate(value, None, 1, n_unit)
+    residuals = sums - value * weights
+    error = float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / weights.sum())
+    half = float(t.ppf(0.975, n - 1)) * error
+    return Estimate(value, (value - half, value + half), n, n_unit)
+
+
+def text_mean(values: np.ndarray, n_unit: str = "texts") -> Estimate:
+    """Mean over texts of one number each; NaN is left out."""
+    values = np.asarray(values, dtype=float)
+    return ratio(np.nan_to_num(values), np.isfinite(values).astype(float), n_unit)
+
+
+def units(texts: np.ndarray, pos: np.ndarray) -> tuple[np.ndarray, str]:
+    """The unit that each token belongs to, and what the units are called.
+
+    Args:
+        texts: text index of each token.
+        pos: position of each token within its text.
+    """
+    distinct = np.unique(texts)
+    if len(distinct) >= MIN_TEXTS:
+        return np.searchsorted(distinct, texts), "texts"
+    block = np.stack([texts, pos // BLOCK])
+    return np.unique(block, axis=1, return_inverse=True)[1].ravel(), f"blocks of {BLOCK} tokens"
+
+
+def token_mean(values: np.ndarray, texts: np.ndarray, pos: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
+    """Mean over tokens, every token the same weight unless given; NaN is left out.
+
+    Args:
+        values: one per token.
+        texts: text index of each token.
+        pos: position of each token within its text.
+        weights: weight of each token; 1 if None.
+    """
+    unit, name = units(texts, pos)
+    values = np.asarray(values, dtype=float)
+    weight = np.isfinite(values) * (1.0 if weights is None else weights)
+    sums = np.bincount(unit, np.nan_to_num(values) * weight)
+    return ratio(sums, np.bincount(unit, weight), name)

@@ -1,0 +1,50 @@
+"""Reading the user's texts: a .txt file is one text, a .jsonl file one text a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from probekit.core import InputError, TextError
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a file.
+
+    Args:
+        path: a .txt file (one text) or a .jsonl file (an object with a string `text` on each line).
+
+    Raises:
+        InputError: the file does not exist, is of another kind, is not UTF-8, or has a malformed line, which is named.
+        TextError: the file, or the text of a line, is empty.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise InputError(f"{path} must end in .txt (one text) or .jsonl (one text a line, in 'text').")
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. Save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    if not content.strip():
+        raise TextError(f"{path} is empty.")
+    if path.suffix == ".txt":
+        return [content]
+    lines = enumerate(content.splitlines(), start=1)
+    return [_text_of(path, number, line) for number, line in lines if line.strip()]
+
+
+def _text_of(path: Path, number: int, line: str) -> str:
+    where = f"{path}, line {number}"
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise InputError(f"{where}: expected an object with a string 'text', found {line.strip()[:60]!r}.")
+    if not record["text"].strip():
+        raise TextError(f"{where}: the text is empty.")
+    return record["text"]
