@@ -156,7 +156,7 @@ def report(results: Result | Results | Iterable[Result], folder: str | Path) -> 
     Raises:
         StoreError: the folder cannot be written.
     """
-    from probekit.report import write_run
+    from probekit.reporting import write_run
 
     if isinstance(results, Result):
         results = Results({results.name: results})
@@ -186,4 +186,3 @@ def list_models() -> list[dict[str, Any]]:
     from probekit.catalog import listing
 
     return [asdict(row) for row in listing()]
-

@@ -124,7 +124,9 @@ def models_command() -> None:
 @click.option("--texts", multiple=True, type=click.Path(path_type=Path), help="A .txt file (one text) or .jsonl file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html and the numbers.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would cost, and stop.")
-@click.option("--bos", type=click.Choice(["model", "always", "never"]), default="model", help="Beginning-of-text token.")
+@click.option(
+    "--bos", type=click.Choice(["model", "always", "never"]), default="model", help="Beginning-of-text token."
+)
 @click.option("--window", type=int, help="Cut texts into windows of so many tokens.")
 @click.option("--memory-gib", type=float, help="Memory that may be used above the loaded model.")
 @click.option("--load", multiple=True, type=click.Path(), help="A Python file of yours that registers analyses.")
@@ -138,10 +140,10 @@ def run_command(
     bos: str,
     window: int | None,
     memory_gib: float | None,
-    load: tuple[str, ...],  # noqa: ARG001 - read before the flags are known, see _RunCommand
+    load: tuple[str, ...],  # imported before the flags are known, see _RunCommand
     **parameters: Any,
 ) -> None:
-    """Run analyses (or: all) over texts and write a report.
+    r"""Run analyses (or: all) over texts and write a report.
 
     \b
     probekit run all --texts essay.txt --out reports/essay
@@ -173,7 +175,7 @@ def _execute(
     """Check everything that can be checked, in the order of what it costs; then run and write."""
     from probekit import api
     from probekit.models import default_model, open_model
-    from probekit.report import check_writable
+    from probekit.reporting import check_writable
 
     api.make_jobs(names, params)
     if memory_gib is not None and not memory_gib > 0:

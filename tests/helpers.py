@@ -18,7 +18,18 @@ from probekit.backends.scripted import Play, ScriptedModel, random_play
 from probekit.backends.transformers import TransformersModel
 from probekit.core import Batch, Capture, Forward, Model, TokenText
 from probekit.engine import Job, run_jobs
-from probekit.reduce import Partial, Reducer
+from probekit.reduce import (
+    AttentionStats,
+    Keep,
+    MedianMagnitude,
+    NextToken,
+    Norm,
+    Partial,
+    Readout,
+    ReceivedWithin,
+    Reducer,
+    TopMagnitudes,
+)
 
 torch.set_num_threads(1)  # tiny products; threads only wait for each other
 
@@ -35,6 +46,16 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 WINDOW = 8
+EVERYTHING = (
+    Capture("pattern", AttentionStats()),
+    Capture("pattern", ReceivedWithin(16)),
+    Capture("resid_post", Readout(5)),
+    Capture("logits", NextToken(5)),
+    Capture("resid_post", Norm()),
+    Capture("resid_post", TopMagnitudes(3)),
+    Capture("resid_post", MedianMagnitude()),
+    Capture("resid_mid", Keep()),
+)
 
 
 def tiny_config(kind: str) -> Any:
@@ -138,7 +159,9 @@ def run(names: str | Sequence[str], model: Model, batch: Batch, **params: Any) -
     return run_jobs(jobs, model, batch)
 
 
-def see(model: Any, captures: Sequence[Capture], batch: Batch, groups: Sequence[Sequence[int]] = ()) -> list[xr.Dataset]:
+def see(
+    model: Any, captures: Sequence[Capture], batch: Batch, groups: Sequence[Sequence[int]] = ()
+) -> list[xr.Dataset]:
     """What a model shows of some points; the texts run in the given groups, all together if none are given."""
     groups = groups or [range(len(batch))]
     parts = [model.execute(Forward(tuple(captures)), batch.select(group)) for group in groups]
@@ -189,5 +212,5 @@ def assert_same(found: xr.Dataset, expected: xr.Dataset, *, rtol: float = 0.0, w
 def _nearly_tied(values: np.ndarray, within: float) -> np.ndarray:
     """Entries whose neighbour on the last axis, in descending order, is that close; the last one has an unseen one."""
     close = -np.diff(values, axis=-1) <= within * np.abs(values).max()
-    end = np.ones_like(close[..., :1])
-    return np.concatenate([close, end], -1) | np.concatenate([~end, close], -1)
+    end = np.full((*values.shape[:-1], 1), values.shape[-1] > 1)
+    return np.concatenate([close, end], -1) | np.concatenate([np.zeros_like(end), close], -1)

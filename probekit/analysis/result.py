@@ -80,7 +80,7 @@ class Result:
         return save_results({self.name: self}, path)
 
     def _repr_html_(self) -> str:
-        from probekit.report import findings_html
+        from probekit.reporting import findings_html
 
         variables = ", ".join(
             f"<code>{html.escape(str(n))}</code> ({', '.join(map(str, a.dims))})"

@@ -184,8 +184,7 @@ class ScriptedModel:
 
     def with_block(self, block: int) -> ScriptedModel:
         """The same model, showing attention in blocks of another size."""
-        twin = ScriptedModel(self._play, unembedding=self.weight.numpy(), block=block, **_sizes(self.info))
-        return twin
+        return ScriptedModel(self._play, unembedding=self.weight.numpy(), block=block, **_sizes(self.info))
 
 
 def _sizes(info: ModelInfo) -> dict[str, int]:

@@ -99,7 +99,7 @@ def _check_attention(model: Checked, batch: Batch, logits: np.ndarray, close: _C
 
 def _check_patches(model: Checked, batch: Batch, logits: np.ndarray, close: _Closeness) -> None:
     middle = model.info.n_layers // 2
-    for site in sorted({"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"} & model.info.sites):
+    for site in sorted({"resid_pre", "resid_post", "attn_out", "mlp_out"} & model.info.sites):
         same = _see(model, batch, ["logits"], (Patch((site, middle), 1.0),))["logits"]
         if not np.array_equal(same, logits):
             raise SelfCheckError(f"{close.name}: an identity patch at {site}.{middle} changed the logits.")

@@ -75,7 +75,8 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> Unkno
         hint: one more sentence on what to do.
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    longer = [k for k in known if name and k.startswith(name)]
+    close = list(dict.fromkeys([*longer, *difflib.get_close_matches(name, known, n=3, cutoff=0.5)]))[:3]
     if close:
         advice = f"Did you mean {' or '.join(repr(c) for c in close)}?"
     elif len(known) <= 30:

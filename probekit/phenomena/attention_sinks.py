@@ -182,7 +182,8 @@ class AttentionSinks(Analysis):
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
         """Rate over depth and heads, where sinks lie in the text, and the sweep over epsilon."""
         p, data = result.params.as_dict(), result.dataset
-        rate, share, phases, _ = result.findings
+        rate, _, phases, _ = result.findings
+        spread = float((data["layer_entropy_rest_nats"] - data["layer_entropy_nats"]).mean())
         at = f"T = {p['horizon']}, epsilon = {p['epsilon']:g}"
         mean_rate = data["sink_rate"].mean("text")
         return {
@@ -209,20 +210,12 @@ class AttentionSinks(Analysis):
             "tokens": self._tokens(result),
             "entropy": plots.lines(
                 {"all keys": data["layer_entropy_nats"], "without position 0": data["layer_entropy_rest_nats"]},
-                title="Attention looks sharp mostly because of position 0",
+                title=f"Without position 0, attention rows have {spread:+.2f} nats of entropy",
                 unit="nats",
                 quantity="mean row entropy",
-                caption=f"{result.about} Mean over heads and queries from position 1 on; without position 0: renormalised.",
+                caption=f"{result.about} Mean over heads and queries from position 1 on; "
+                "without position 0: after removing it and renormalising.",
                 alt="Mean attention entropy against layer, with all keys and without position 0.",
-            )
-            if share.value > share.null
-            else plots.lines(
-                {"all keys": data["layer_entropy_nats"]},
-                title="How spread out attention is over depth",
-                unit="nats",
-                quantity="mean row entropy",
-                caption=f"{result.about} Mean over heads and queries from position 1 on.",
-                alt="Mean attention entropy against layer.",
             ),
             "sweep": plots.lines(
                 {"Sink_1": data["sink_rate_by_epsilon"]},

@@ -11,7 +11,7 @@ from probekit import plots
 from probekit.analysis import Analysis, Finding, Measure, Params, Result, fmt, param, register
 from probekit.core import Capture, Forward, ModelInfo, Trace
 from probekit.reduce import NextToken
-from probekit.stats import ratio, token_mean, units
+from probekit.stats import Estimate, ratio, token_mean, units
 
 N_BINS = 10
 
@@ -108,10 +108,9 @@ class TokenUncertainty(Analysis):
         gap = token_mean(surprisal - entropy, texts, pos)
         mean = token_mean(entropy, texts, pos)
         limit = float(np.log(data.attrs["d_vocab"]))
-        side = "more surprised than it expects (overconfident)" if gap.value > 0 else "less surprised than it expects"
         return [
             Finding(
-                f"The model is {side} by {fmt(abs(gap.value))} nats per token.",
+                _calibration_claim(gap),
                 gap.value, "nats", 0.0, "calibrated: mean surprisal = mean entropy", gap.ci95, gap.n, gap.n_unit,
             ),
             Finding(
@@ -179,3 +178,14 @@ class TokenUncertainty(Analysis):
             alt="The text, each token coloured by how uncertain or surprising it is.",
             notes=tuple(f"next: {w}" for w in words.values),
         )
+
+
+def _calibration_claim(gap: Estimate) -> str:
+    amount = f"{fmt(abs(gap.value))} nats per token"
+    if gap.ci95 is None or gap.ci95[0] <= 0 <= gap.ci95[1]:
+        return (
+            f"The model is about as surprised as it expects to be: the difference of {amount} is within its interval."
+        )
+    if gap.value > 0:
+        return f"The model is overconfident: the text surprises it by {amount} more than it expects."
+    return f"The model is underconfident: the text surprises it by {amount} less than it expects."

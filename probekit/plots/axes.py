@@ -51,7 +51,7 @@ def axis_of(array: xr.DataArray, dim: str, labels: Sequence[str] | None = None) 
     Tokens and given labels become categories, which Plotly thins to what fits and shows in full on zooming in.
     Whole numbers keep whole-number ticks.
     """
-    title = {"title": {"text": escape(dim_title(dim))}}
+    title: dict[str, Any] = {"title": {"text": escape(dim_title(dim))}}
     if labels is not None and len(labels) != array.sizes[dim]:
         raise ValueError(f"{len(labels)} labels for the {array.sizes[dim]} entries of {dim!r}")
     if labels is None and dim == "token":

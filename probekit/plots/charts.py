@@ -47,14 +47,13 @@ def bars(
 
     name = quantity if quantity is not None else getattr(values, "name", None)
     value_axis = {"title": {"text": escape(value_title(name, unit))}, "rangemode": "tozero"}
+    heights, ends = _heights(values), _ends(values, intervals)
+    place_axis: dict[str, Any]
     if isinstance(values, Mapping):
-        places, heights = [escape(label) for label in values], np.asarray(list(values.values()), dtype=float)
-        ends = None if intervals is None else np.asarray([intervals[k] for k in values], dtype=float).T  # type: ignore[index]
-        place_axis: dict[str, Any] = {"type": "category", "autorange": "reversed", "ticks": "", "showgrid": False}
+        places: list[Any] = [escape(label) for label in values]
+        place_axis = {"type": "category", "autorange": "reversed", "ticks": "", "showgrid": False}
     else:
         places, place_axis = axis_of(values, str(values.dims[0]))
-        heights = np.asarray(values.values, dtype=float)
-        ends = None if intervals is None else np.asarray([e.values for e in intervals], dtype=float)  # type: ignore[union-attr]
     lying = isinstance(values, Mapping)
     cross, along = ("y", "x") if lying else ("x", "y")
     trace: dict[str, Any] = {cross: places, along: heights, "orientation": "h" if lying else "v"}
@@ -65,7 +64,7 @@ def bars(
     plot = go.Figure(go.Bar(trace))
     if reference is not None:
         _add_level(plot, reference, along)
-    layout = {
+    layout: dict[str, Any] = {
         "places": [] if lying else places,
         f"{cross}axis": place_axis | {"showgrid": False},
         f"{along}axis": value_axis,
@@ -73,6 +72,30 @@ def bars(
     }
     height = 110 + 30 * len(places) if lying else _HEIGHT
     return frame(plot, title=title, caption=caption, alt=alt, height=height, **layout)
+
+
+def _heights(values: xr.DataArray | Mapping[str, float]) -> np.ndarray:
+    return np.array([float(v) for v in (values.values() if isinstance(values, Mapping) else values.values)])
+
+
+def _ends(
+    values: xr.DataArray | Mapping[str, float],
+    intervals: tuple[xr.DataArray, xr.DataArray] | Mapping[str, Interval] | None,
+) -> np.ndarray | None:
+    """Lower and upper ends as two rows.
+
+    Raises:
+        ValueError: `intervals` is not in the form of `values`, or misses one.
+    """
+    if intervals is None:
+        return None
+    if isinstance(intervals, Mapping) and isinstance(values, Mapping):
+        if missing := set(values) - set(intervals):
+            raise ValueError(f"no interval for {sorted(missing)}")
+        return np.array([[float(intervals[k][end]) for k in values] for end in (0, 1)])
+    if isinstance(intervals, Mapping) or isinstance(values, Mapping):
+        raise ValueError("intervals need the form of the values: both by label, or both as arrays")
+    return np.array([end.values.astype(float) for end in intervals])
 
 
 def _error_bars(values: np.ndarray, ends: np.ndarray) -> dict[str, Any]:
@@ -143,7 +166,7 @@ def histogram(
         marker={"color": PALETTE[0], "line": {"color": "#ffffff", "width": 0.6}},
         hovertemplate="%{customdata[0]:.4~g} to %{customdata[1]:.4~g}: %{y:,}<extra></extra>",
     )
-    axes = {
+    axes: dict[str, Any] = {
         "xaxis": {"title": {"text": escape(value_title(quantity, unit))}, "showgrid": False},
         "yaxis": {"title": {"text": escape(counted)}},
     }
@@ -192,7 +215,7 @@ def dots(
         _add_level(plot, reference, "y", log=log_y)
     y_axis: dict[str, Any] = {"title": {"text": escape(name)}} | (_log_axis(values) if log_y else {})
     legend = {"showlegend": len(groups) > 1, "legend": {"traceorder": "reversed"}}
-    layout = {"places": places, "xaxis": axis, "yaxis": y_axis, "hovermode": "closest"} | legend
+    layout: dict[str, Any] = {"places": places, "xaxis": axis, "yaxis": y_axis, "hovermode": "closest"} | legend
     return frame(plot, title=title, caption=caption, alt=alt, height=_HEIGHT, **layout)
 
 

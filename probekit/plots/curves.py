@@ -85,9 +85,9 @@ def lines(
     margin = {"r": _add_end_labels(plot, curves, scale)} if direct else {}
     if quantity is None:
         quantity = next(iter(curves)) if len(curves) == 1 else ""
-    y_axis = {"title": {"text": escape(value_title(quantity, unit))}, "range": [scale.low, scale.high]}
+    y_axis: dict[str, Any] = {"title": {"text": escape(value_title(quantity, unit))}, "range": [scale.low, scale.high]}
     y_axis |= {"type": "log", "dtick": 1 if scale.high - scale.low > 1.5 else "D2"} if log_y else {}
-    layout = {
+    layout: dict[str, Any] = {
         "places": x,
         "xaxis": axis,
         "yaxis": y_axis,

@@ -95,7 +95,7 @@ class TokenStrip:
             raise ValueError(f"a strip of {n} tokens needs quantities of that length, found {wrong or 'none'}")
 
     def _repr_html_(self) -> str:
-        from probekit.report import strip_html
+        from probekit.reporting import strip_html
 
         return strip_html(self)
 

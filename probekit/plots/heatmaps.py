@@ -78,7 +78,7 @@ def _draw(
     if extra is not None:
         trace["text"] = extra
     height = int(np.clip(15 * len(trace["y"]), 150, 510)) + 60
-    axes = {"xaxis": x_axis | {"showgrid": False}, "yaxis": y_axis, "plot_bgcolor": UNDEFINED}
+    axes: dict[str, Any] = {"xaxis": x_axis | {"showgrid": False}, "yaxis": y_axis, "plot_bgcolor": UNDEFINED}
     return frame(go.Figure(go.Heatmap(trace)), height=height, places=trace["x"], **words, **axes)
 
 

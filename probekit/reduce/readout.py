@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from .vocab_rows import VocabRows
 
 _LOGPROB = Field(("token",), "nats", "log-probability of the token that follows; NaN at the end of a text")
-_RANK = Field(("token",), "1", "tokens that are likelier than the one that follows, 0 = it is the likeliest; NaN at the end of a text")
+_RANK = Field(
+    ("token",),
+    "1",
+    "tokens that are likelier than the one that follows, 0 = it is the likeliest; NaN at the end of a text",
+)
 _ENTROPY = Field(("token",), "nats", "entropy of the next-token distribution")
 _TOP_LOGPROB = Field(("token", "rank"), "nats", "log-probability of the likeliest tokens")
 _TOP_ID = Field(("token", "rank"), "1", "ids of the likeliest tokens")
@@ -66,7 +70,9 @@ class NextToken(Reducer):
         """`entropy_nats`, `varentropy_nats2`, `logprob_nats`, `target_rank`, `top_logprob`, `top_id`."""
         return {
             "entropy_nats": _ENTROPY,
-            "varentropy_nats2": Field(("token",), "nats²", "variance of the surprisal under the model's own distribution"),
+            "varentropy_nats2": Field(
+                ("token",), "nats²", "variance of the surprisal under the model's own distribution"
+            ),
             "logprob_nats": _LOGPROB,
             "target_rank": _RANK,
             "top_logprob": _TOP_LOGPROB,

@@ -224,9 +224,7 @@ class _Strips:
         for a in range(0, len(logits), STRIP):
             b = min(a + STRIP, len(logits))
             n = b - a
-            strip = VocabRows(
-                logits[None, a:b], targets[a:b], final.strip(a, b), self.probs[:, :n], self.work[:, :n]
-            )
+            strip = VocabRows(logits[None, a:b], targets[a:b], final.strip(a, b), self.probs[:, :n], self.work[:, :n])
             for recorder in recorders:
                 recorder.vocab((layer,), start + a, strip)
 

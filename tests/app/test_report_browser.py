@@ -12,7 +12,7 @@ from fake_report import NASTY, fake_dataset, fake_manifest, fake_results
 
 from probekit import plots
 from probekit.analysis import temporary_registrations
-from probekit.report import strip_html, write_run
+from probekit.reporting import strip_html, write_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")

@@ -240,6 +240,8 @@ def test_bars_and_dots_draw_what_they_are_given() -> None:
     bars = plots.bars({"a": 2.0, "b": 3.0}, unit="1", intervals={"b": (2.5, 4), "a": (1, 2.5)}, **WORDS).plot.data[0]
     assert (list(bars.x), list(bars.y), bars.orientation) == ([2, 3], ["a", "b"], "h")
     assert (list(bars.error_x.arrayminus), list(bars.error_x.array)) == ([1, 0.5], [0.5, 1])
+    with pytest.raises(ValueError, match=r"no interval for \['a'\]"):
+        plots.bars({"a": 2.0}, unit="1", intervals={}, **WORDS)
     ranked = grid([[9, 1.0], [8, 2.0]], ("layer", "rank"), "norm")
     rest, largest = plots.dots(ranked, unit="1", hover=np.asarray([["a", "b"], ["c", "d"]]), **WORDS).plot.data
     assert (list(largest.x), list(largest.y), list(largest.text)) == ([0, 1], [9, 8], ["a", "c"])

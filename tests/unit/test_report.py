@@ -17,10 +17,10 @@ from fake_report import NASTY, Tides, fake_manifest, fake_results
 from probekit.analysis import Finding, Results, load_result, temporary_registrations
 from probekit.core import StoreError
 from probekit.plots import Quantity, TokenStrip
-from probekit.report import check_writable, findings_html, report_html, store, strip_html, write_run
-from probekit.report.assets import script_json
-from probekit.report.strips import strip_data
-from probekit.report.tables import prose, provenance_groups
+from probekit.reporting import check_writable, findings_html, report_html, store, strip_html, write_run
+from probekit.reporting.assets import script_json
+from probekit.reporting.strips import strip_data
+from probekit.reporting.tables import prose, provenance_groups
 
 NAMES = {"report.html", "findings.json", "results.zarr", "manifest.json"}
 

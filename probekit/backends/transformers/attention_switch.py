@@ -99,9 +99,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
-def watching(
-    model: nn.Module, layers: frozenset[int], lengths: tuple[int, ...], on_block: OnBlock
-) -> Iterator[None]:
+def watching(model: nn.Module, layers: frozenset[int], lengths: tuple[int, ...], on_block: OnBlock) -> Iterator[None]:
     """Show the attention of some layers to `on_block` while the block runs; then all is as before.
 
     Args:

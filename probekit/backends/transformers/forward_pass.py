@@ -30,6 +30,8 @@ _TAPS: dict[str, tuple[str, str]] = {
     "final_norm": ("final_norm", "output"),
 }
 SITES_SERVED = frozenset({*_TAPS, "logits", "pattern"})
+# The middle norm reads a copy of the stream and the readout has a final norm of its own: changes there would be lost.
+_CHANGEABLE = tuple(site for site in _TAPS if site not in ("resid_mid", "final_norm"))
 See = Callable[[Tensor], Tensor | None]
 
 
@@ -42,6 +44,10 @@ class ForwardPass:
         self.recorders = [
             Recorder(_reducer(c.reducer), c.point, self.info.require(c.point), batch.lengths) for c in request.captures
         ]
+        for patch in request.patches:
+            if (site := patch.point.site) not in _CHANGEABLE:
+                change = ", ".join(_CHANGEABLE)
+                raise CapabilityError(f"The point {site!r} can be read but not changed; change one of {change}.")
         self.residuals: dict[int, Tensor] = {}
         self._pad(batch, model.module.get_input_embeddings().weight.device)
 
@@ -100,8 +106,6 @@ class ForwardPass:
                 handle.remove()
 
     def _tap(self, site: str, layer: int, see: See) -> Any:
-        if site not in _TAPS:
-            raise CapabilityError(f"The point {site!r} can be read but not changed; change one of {', '.join(_TAPS)}.")
         part, side = _TAPS[site]
         module = self._module(part, layer)
         if side == "output":

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -72,7 +73,7 @@ class TransformersModel:
             wanted = getattr(torch, dtype) if dtype else "auto"
             try:
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 raise ModelError(f"The weights of {name!r} cannot be loaded: {error}") from error
             return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
