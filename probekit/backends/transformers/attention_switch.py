@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from probekit.core import CapabilityError
-from probekit.reduce.attention_blocks import AttentionBlock, AttentionMath, _Scratch, stream_attention
+from probekit.reduce.attention_blocks import AttentionBlock, AttentionMath, Scratch, stream_attention
 
 NAME = "probekit"
 OnBlock = Callable[[int, AttentionBlock], None]
@@ -29,7 +29,7 @@ class _Watch:
 
     def __init__(self, layers: frozenset[int], lengths: tuple[int, ...], on_block: OnBlock, own: str) -> None:
         self.layers, self.lengths, self.on_block, self.own = layers, lengths, on_block, own
-        self.scratch = _Scratch()
+        self.scratch = Scratch()
 
 
 _WATCH: ContextVar[_Watch | None] = ContextVar("probekit_watch", default=None)
@@ -78,7 +78,7 @@ def watched_attention(
         )
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-    math = AttentionMath(
+    how = AttentionMath(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=rest.get("softcap"),
         mask=attention_mask,
@@ -87,7 +87,7 @@ def watched_attention(
     # In half precision the model's own kernel makes the output, so that its numbers stay its own.
     shown = value if exact else value[..., :0]
     out = stream_attention(
-        query, key, shown, math, watch.lengths, lambda block: watch.on_block(layer, block), scratch=watch.scratch
+        query, key, shown, how, watch.lengths, lambda block: watch.on_block(layer, block), scratch=watch.scratch
     )
     if not exact:
         return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
