@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check format clean help
+.PHONY: demo test check format benchmark clean help
 
 help:
 	@echo "make demo    set up, fetch the embedded model, run every analysis, write reports/demo/report.html"
 	@echo "make test    set up, lint, check types, run all tests"
 	@echo "make check   lint and types only"
+	@echo "make benchmark  measure what capture costs, beside TransformerLens and nnsight (half an hour)"
 	@echo "make format  let ruff format the code"
 
 demo: $(VENV)/.base
@@ -39,6 +40,10 @@ $(VENV)/.base: $(PY) pyproject.toml constraints.txt
 $(VENV)/.dev: $(PY) pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
 	@touch $(VENV)/.base $@
+
+benchmark: $(VENV)/.base
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[compare]"
+	$(PY) analyses/capture_benchmark.py --out reports/capture-benchmark
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from .api import list_models as list_models
     from .api import plan as plan
     from .api import report as report
+    from .api import result_of as result_of
     from .api import run as run
     from .core import Capture as Capture
     from .core import Forward as Forward
     from .core import Point as Point
     from .core import ProbekitError as ProbekitError
+    from .demo import demo_texts as demo_texts
     from .models import open_model as open_model
 
 _WHERE = {
@@ -51,6 +53,7 @@ _WHERE = {
     "ProbekitError": "core",
     "Result": "analysis",
     "Results": "analysis",
+    "demo_texts": "demo",
     "list_analyses": "api",
     "list_models": "api",
     "load_result": "analysis",
@@ -60,6 +63,7 @@ _WHERE = {
     "plan": "api",
     "register": "analysis",
     "report": "api",
+    "result_of": "api",
     "run": "api",
 }
 _MODULES = ("plots", "reduce", "stats")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from probekit.analysis import Result, Results, analyses, get_analyses
 from probekit.core import Batch, BosPolicy, InputError, Model, TextError, unknown
 from probekit.engine import Job, Plan, check_texts, first_plan, run_jobs
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def make_jobs(names: str | Iterable[str], params: dict[str, Any]) -> list[Job]:
@@ -165,6 +168,22 @@ def report(results: Result | Results | Iterable[Result], folder: str | Path) -> 
     if not len(results):
         raise InputError("There is no result to report.")
     return write_run(results, Path(folder), manifest(results))
+
+
+def result_of(name: str, dataset: xr.Dataset, provenance: Mapping[str, Any], **params: Any) -> Result:
+    """A result from numbers that a study measured itself, for analyses that do not run on a trace.
+
+    Args:
+        name: a registered analysis, whose `measures` the dataset must have.
+        dataset: the numbers.
+        provenance: what fixes them.
+        params: parameters of the analysis.
+
+    Raises:
+        ValueError: the dataset differs from the analysis' measures.
+    """
+    (job,) = make_jobs(name, params)
+    return Result(job.analysis, job.params, job.analysis.check(dataset), provenance)
 
 
 def manifest(results: Results) -> dict[str, Any]:

@@ -16,6 +16,7 @@ AXES: dict[str, str] = {
     "rank": "place in a descending order, counted from 0",
     "branch": "alternative continuation",
     "sample": "repeated draw",
+    "case": "setting of a comparison",
     "bin": "interval of a binned quantity; the coordinate is its middle",
     "threshold": "value of a parameter that was swept",
 }

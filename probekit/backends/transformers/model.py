@@ -40,6 +40,7 @@ class TransformersModel:
         self.architecture: Architecture = architecture_of(config, name)
         self._config, self._loader = config.get_text_config(), loader
         self._name, self._revision = name, revision
+        self.folder: Path | None = None  # where it was loaded from
         self._module: Any = None
         self._lock = threading.RLock()
         self._weights_hash: str | None = None
@@ -77,7 +78,9 @@ class TransformersModel:
                 raise ModelError(f"The weights of {name!r} cannot be loaded: {error}") from error
             return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-        return cls(config, tokenizer, name, revision, loader)
+        model = cls(config, tokenizer, name, revision, loader)
+        model.folder = folder
+        return model
 
     @classmethod
     def from_loaded(cls, model: Any, tokenizer: Any, *, name: str | None = None) -> Self:

@@ -1,0 +1,536 @@
+"""What capture costs: paired ratios against the bare model, memory in fresh processes, and agreement with others.
+
+    python analyses/capture_benchmark.py --out reports/capture-benchmark          # about half an hour on two cores
+    python analyses/capture_benchmark.py --quick --out reports/capture-benchmark  # about two minutes
+
+Every speed is a ratio of two things that ran in turn in one process; medians over pairs. Comparisons with
+TransformerLens and nnsight need `pip install "probekit[compare]"` and are left out, by name, without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import xarray as xr
+from peers import NNsight, TransformerLens, naive
+
+import probekit as pk
+from probekit.reduce import AttentionStats, Norm, Readout, TopMagnitudes
+
+STATS = (
+    pk.Capture("pattern", AttentionStats()),
+    pk.Capture("resid_post", Norm()),
+    pk.Capture("resid_post", TopMagnitudes(3)),
+)
+LENS = (pk.Capture("resid_post", Readout(10)),)
+MIB = 2**20
+DEMO = pk.demo_texts()
+
+
+@dataclass
+class Case:
+    """One row of the table.
+
+    Args:
+        what: what was measured.
+        against: the baseline.
+        target: what was aimed for, in `unit`; below it is good unless `at_least`.
+        unit: unit of the values.
+        values: one per pair.
+        at_least: whether larger is better.
+        note: seconds or sizes behind the ratio.
+    """
+
+    what: str
+    against: str
+    target: float
+    unit: str = "× baseline"
+    values: list[float] = field(default_factory=list)
+    at_least: bool = False
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        """Median over pairs."""
+        return float(np.median(self.values))
+
+    @property
+    def met(self) -> bool:
+        """Whether the median reaches the target."""
+        return self.median >= self.target if self.at_least else self.median <= self.target
+
+
+def text_of(model: Any, n_tokens: int) -> Any:
+    """A batch of one text of exactly `n_tokens` tokens of plain English."""
+    words = " ".join(DEMO * (1 + n_tokens // 900))
+    return model.tokenize([words]).windows(n_tokens).select([0])
+
+
+def paired(ours: Callable[[], Any], base: Callable[[], Any], n: int) -> tuple[list[float], float, float]:
+    """Ratios ours / base of `n` pairs that run in turn, after one of each; and both medians in seconds."""
+    base(), ours()
+    pairs = []
+    for i in range(n):
+        order = (base, ours) if i % 2 else (ours, base)
+        seconds = {}
+        for run in order:
+            begin = time.perf_counter()
+            run()
+            seconds[run] = time.perf_counter() - begin
+        pairs.append((seconds[ours], seconds[base]))
+    a, b = np.array(pairs).T
+    return (a / b).tolist(), float(np.median(a)), float(np.median(b))
+
+
+class Bench:
+    """The model, and the bare computations that everything is held against."""
+
+    def __init__(self) -> None:
+        self.model = pk.open_model("smollm2-135m-instruct")
+        self.hf = self.model.module
+        self.weight = self.hf.get_output_embeddings().weight
+        info = self.model.info
+        self.n_layers, self.d_model, self.d_vocab = info.n_layers, info.d_model, info.d_vocab
+
+    def forward(self, batch: Any) -> Callable[[], Any]:
+        """The bare forward pass (SDPA, no unembedding)."""
+        ids = torch.tensor([t.ids for t in batch])
+
+        def run() -> None:
+            with torch.no_grad():
+                self.hf.base_model(input_ids=ids, use_cache=False)
+
+        return run
+
+    def gemms(self, n_rows: int) -> Callable[[], Any]:
+        """The fastest bare matrix products for `n_rows` rows × vocabulary; results are thrown away."""
+        rows, out = torch.randn(512, self.d_model), torch.empty(512, self.d_vocab)
+
+        def run() -> None:
+            with torch.no_grad():
+                for start in range(0, n_rows, 512):
+                    n = min(512, n_rows - start)
+                    for a in range(0, self.d_vocab, 2048):
+                        torch.mm(rows[:n], self.weight[a : a + 2048].T, out=out[:n, a : a + 2048])
+
+        return run
+
+    def capture(self, captures: tuple[pk.Capture, ...], batch: Any) -> Callable[[], Any]:
+        """One instrumented pass through the engine's backend."""
+        return lambda: self.model.execute(pk.Forward(captures), batch)
+
+    def attention_case(self, n_tokens: int, target: float, n: int) -> Case:
+        """Attention and residual statistics against the bare forward."""
+        batch = text_of(self.model, n_tokens)
+        values, a, b = paired(self.capture(STATS, batch), self.forward(batch), n)
+        what = f"attention + residual statistics, T = {n_tokens}"
+        return Case(what, "bare SDPA forward", target, values=values, note=f"{a:.2f} s / {b:.2f} s")
+
+    def lens_case(self, n_tokens: int, n: int) -> Case:
+        """The all-layer lens, its forward pass taken off, against bare matrix products."""
+        batch = text_of(self.model, n_tokens)
+        forward, lens, gemms = (
+            self.forward(batch),
+            self.capture(LENS, batch),
+            self.gemms(n_tokens * self.n_layers),
+        )
+        forward(), lens(), gemms()
+        rows = []
+        for _ in range(n):
+            marks = [time.perf_counter()]
+            for run in (forward, lens, gemms):
+                run()
+                marks.append(time.perf_counter())
+            rows.append(np.diff(marks))
+        f, a, b = np.array(rows).T
+        note = f"({np.median(a):.2f} s - {np.median(f):.2f} s forward) / {np.median(b):.2f} s"
+        values = ((a - f) / b).tolist()
+        return Case(f"all-layer lens statistics, T = {n_tokens}", "bare GEMMs", 1.20, values=values, note=note)
+
+    def all_case(self, n_tokens: int, n: int) -> Case:
+        """Everything in one pass against the bare forward and the bare matrix products."""
+        batch = text_of(self.model, n_tokens)
+        forward, gemms = self.forward(batch), self.gemms(n_tokens * self.n_layers)
+        values, a, b = paired(self.capture((*STATS, *LENS), batch), lambda: (forward(), gemms()), n)
+        what = f"all core statistics in one pass, T = {n_tokens}"
+        return Case(what, "bare forward + bare GEMMs", 1.20, values=values, note=f"{a:.2f} s / {b:.2f} s")
+
+    def peer_case(self, n_tokens: int, target: float, n: int) -> Case:
+        """The same outputs the way a TransformerLens user gets them, against probekit."""
+        batch = text_of(self.model, n_tokens)
+        ids, peer = torch.tensor(batch.texts[0].ids), TransformerLens(self.hf.config._name_or_path)
+        values, a, b = paired(lambda: peer.run(ids), self.capture((*STATS, *LENS), batch), n)
+        what = f"TransformerLens path for the same outputs, T = {n_tokens}"
+        return Case(what, "probekit", target, values=values, at_least=True, note=f"{a:.2f} s / {b:.2f} s")
+
+    def overhead_case(self, n: int) -> Case:
+        """What plan, requests and results add to an 8-token text, in milliseconds."""
+        batch = text_of(self.model, 8)
+        forward = self.forward(batch)
+
+        def whole() -> None:
+            pk.run("token-norms", self.model, batch, progress=False)
+
+        with_pass = self.capture(TokenNorms.captures, batch)
+        whole(), with_pass(), forward()
+        values = []
+        for _ in range(n):
+            marks = [time.perf_counter()]
+            for run in (forward, whole):
+                run()
+                marks.append(time.perf_counter())
+            base, ours = np.diff(marks)
+            values.append(1000 * (ours - base))
+        return Case("engine overhead, 8-token text", "bare forward", 30.0, "ms", values)
+
+    def batching_case(self, n_texts: int, n: int) -> Case:
+        """Seconds per token of many short texts against one text of 512 tokens."""
+        long, short = text_of(self.model, 512), self.model.tokenize([" ".join(DEMO * 40)]).windows(64)
+        short = short.select(range(n_texts))
+
+        def many() -> None:
+            pk.run("token-norms", self.model, short, progress=False)
+
+        def one() -> None:
+            for _ in range(n_texts * 64 // 512):
+                pk.run("token-norms", self.model, long, progress=False)
+
+        values, a, b = paired(many, one, n)
+        what = f"{n_texts} texts of 64 tokens, per token"
+        return Case(what, "texts of 512 tokens", 1.0, values=values, note=f"{a:.2f} s / {b:.2f} s")
+
+
+@pk.register
+class TokenNorms(pk.Analysis):
+    """How long is the residual stream (the smallest analysis, for measuring the engine)?"""
+
+    name, title = "token-norms", "Token norms"
+    measures = {"norm": pk.Measure(("layer", "token"), "activation", "norm of the residual stream")}
+    captures = (pk.Capture("resid_post", Norm()),)
+
+    def observe(self, params: Any, info: Any) -> pk.Forward:
+        """Norms."""
+        return pk.Forward(self.captures)
+
+    def compute(self, trace: Any, params: Any) -> xr.Dataset:
+        """Norms as they came."""
+        return trace[self.captures[0]]
+
+    def findings(self, result: pk.Result) -> list[pk.Finding]:
+        """None: it only measures the engine."""
+        return []
+
+    def draw(self, result: pk.Result) -> dict[str, Any]:
+        """None."""
+        return {}
+
+
+def import_case(n: int) -> Case:
+    """Seconds that `import probekit` adds to starting Python, and that it brings no torch."""
+
+    def start(code: str) -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return time.perf_counter() - begin
+
+    lean = "import sys, probekit; assert 'torch' not in sys.modules"
+    start(lean)
+    values = [start(lean) - start("pass") for _ in range(n)]
+    return Case("import probekit, without torch", "starting Python", 0.3, "s", values)
+
+
+def peak_mib(kind: str, n_tokens: int) -> float:
+    """Peak memory above the loaded model, in MiB, of one job in a fresh process."""
+    command = [sys.executable, __file__, "--worker", kind, str(n_tokens)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+
+
+def worker(kind: str, n_tokens: int) -> None:
+    """Load, then run one job while another thread watches the process' memory; print the peak above the load."""
+    if kind == "transformer_lens":
+        model = pk.open_model("smollm2-135m-instruct", lazy=True)
+        batch = text_of(model, n_tokens)
+        peer, ids = TransformerLens(str(model.folder)), torch.tensor(batch.texts[0].ids)
+        peer.run(ids[:8])
+
+        def job() -> Any:
+            return peer.run(ids)
+
+    else:
+        bench = Bench()
+        batch = text_of(bench.model, n_tokens)
+        job = bench.capture(STATS if kind == "attention" else (*STATS, *LENS), batch)
+        bench.capture(STATS, text_of(bench.model, 8))()
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss)
+            done.wait(0.002)
+
+    before = process.memory_info().rss
+    thread = threading.Thread(target=watch)
+    thread.start()
+    job()
+    done.set()
+    thread.join()
+    print(json.dumps({"peak_mib": (peak[0] - before) / MIB}))
+
+
+PARITY = {
+    "received": (STATS[0], "received"),
+    "row_entropy_nats": (STATS[0], "entropy_nats"),
+    "row_max": (STATS[0], "max"),
+    "first_share": (STATS[0], "first_share"),
+    "norm": (STATS[1], "norm"),
+    "top_magnitudes": (STATS[2], "value"),
+    "entropy_nats": (LENS[0], "entropy_nats"),
+    "logprob_nats": (LENS[0], "logprob_nats"),
+    "target_rank": (LENS[0], "target_rank"),
+    "kl_nats": (LENS[0], "kl_nats"),
+    "top_logprob": (LENS[0], "top_logprob"),
+}
+
+
+def parity(bench: Bench, n_tokens: int, peers: dict[str, Any]) -> xr.Dataset:
+    """Largest difference of every statistic to a naive float64 reference, for probekit, eager float32 and others."""
+    batch = text_of(bench.model, n_tokens)
+    ids = torch.tensor(batch.texts[0].ids)
+    reference = naive(bench.hf, ids, torch.float64)
+    parts = dict(zip((*STATS, *LENS), bench.model.execute(pk.Forward((*STATS, *LENS)), batch), strict=True))
+    ours: dict[str, Any] = {}
+    for name, (capture, field_name) in PARITY.items():
+        values = torch.as_tensor(parts[capture].arrays[field_name])
+        values = values.abs() if name == "top_magnitudes" else values
+        ours[name] = values[:, :-1] if name in ("logprob_nats", "target_rank") else values
+    found = {"probekit": ours, "eager float32": naive(bench.hf, ids, torch.float32)}
+    found |= {name: peer(bench.hf.config._name_or_path).run(ids) for name, peer in peers.items()}
+    table = np.array(
+        [
+            [
+                float((torch.stack([*map(torch.as_tensor, f[s])]).double() - torch.stack(reference[s])).abs().max())
+                for s in PARITY
+            ]
+            for f in found.values()
+        ]
+    )
+    sizes = [float(torch.stack(reference[s]).abs().max()) for s in PARITY]
+    return xr.Dataset(
+        {"largest_difference": (("sample", "case"), table), "largest_value": ("case", sizes)},
+        coords={"sample": list(found), "case": list(PARITY)},
+    )
+
+
+def measure(quick: bool) -> tuple[list[Case], xr.Dataset, list[str]]:
+    """All rows of the table, the parity table, and what was left out."""
+    bench, cases, left_out = Bench(), [], []
+    has_peer = importlib.util.find_spec("transformer_lens") is not None
+    peers: dict[str, Any] = {"TransformerLens": TransformerLens} if has_peer else {}
+    if importlib.util.find_spec("nnsight") is not None:
+        peers["nnsight"] = NNsight
+    n = 5 if not quick else 3
+
+    def add(make: Callable[[], Case]) -> None:
+        case = make()
+        cases.append(case)
+        print(f"{case.what:58} {case.median:8.3f} {case.unit} of {case.against} {case.note}", flush=True)
+
+    for n_tokens, target in ((256, 1.10), (1024, 1.12), *(() if quick else ((4096, 1.20),))):
+        add(lambda n_tokens=n_tokens, target=target: bench.attention_case(n_tokens, target, n))
+    add(lambda: bench.lens_case(64 if quick else 256, n))
+    for n_tokens in (64,) if quick else (256, 1024):
+        add(lambda n_tokens=n_tokens: bench.all_case(n_tokens, n))
+    for n_tokens, target in ((64, 2.5),) if quick else ((256, 2.5), (1024, 3.0)):
+        if has_peer:
+            add(lambda n_tokens=n_tokens, target=target: bench.peer_case(n_tokens, target, 3 if quick else 5))
+        else:
+            left_out.append(f"TransformerLens at T = {n_tokens}: not installed")
+    add(lambda: bench.overhead_case(20))
+    add(lambda: import_case(5))
+    add(lambda: bench.batching_case(32 if quick else 512, n))
+    t_memory = 256 if quick else 1024
+    if has_peer:
+        ours, theirs = peak_mib("all", t_memory), peak_mib("transformer_lens", t_memory)
+        note = f"{ours:.0f} MiB / {theirs:.0f} MiB above the loaded model"
+        what = f"peak memory of all core statistics, T = {t_memory}"
+        add(lambda: Case(what, "TransformerLens path", 0.2, values=[ours / theirs], note=note))
+    if not quick:
+        long = peak_mib("attention", 8192)
+        add(
+            lambda: Case(
+                "attention + residual statistics, T = 8192: peak memory", "the loaded model", 2048, "MiB above", [long]
+            )
+        )
+    return cases, parity(bench, 48 if quick else 128, peers), left_out
+
+
+@pk.register
+class CaptureBenchmark(pk.Analysis):
+    """What does capture cost, and does it agree with everybody else?
+
+    Question:
+        How much slower than the bare model is one instrumented pass, how much memory does it take, and
+        how far are its numbers from a naive float64 reference and from other tools?
+
+    Method:
+        SmolLM2-135M-Instruct, float32, two threads. Speeds are ratios of two computations that run in
+        turn in one process (order alternating, one warm-up each); the table gives the median. Memory
+        is the peak resident size of a fresh process above its size after loading, sampled every 2 ms.
+        Parity is the largest absolute difference over all layers, heads and tokens.
+
+    Null:
+        No overhead: ratio 1. For parity: eager attention in float32, naively reduced.
+
+    Known failure modes:
+        Shared machines are noisy: differences below a tenth are not resolved without many pairs.
+
+    References:
+        None; this is a measurement of the software itself.
+    """
+
+    name, title = "capture-benchmark", "What capture costs"
+    measures = {
+        "median": pk.Measure(("case",), "see unit", "median over pairs"),
+        "lowest": pk.Measure(("case",), "see unit", "smallest of the pairs"),
+        "highest": pk.Measure(("case",), "see unit", "largest of the pairs"),
+        "target": pk.Measure(("case",), "see unit", "what was aimed for"),
+        "row": pk.Measure(("case",), "1", "the whole row as JSON"),
+    }
+
+    def findings(self, result: pk.Result) -> list[pk.Finding]:
+        """One per row: met or not."""
+        found = []
+        for case in (Case(**json.loads(row)) for row in result["row"].values):
+            verdict = "met" if case.met else "missed"
+            sign = "≥" if case.at_least else "≤"
+            claim = f"{case.what}: {case.median:.3g} {case.unit} against {case.against}; target {sign} {case.target:g} {verdict}."
+            spread = pk.stats.text_mean(np.array(case.values), "pairs")
+            null, meaning = (1.0, "no difference") if case.unit.startswith("×") else (0.0, "no cost")
+            found.append(pk.Finding(claim, case.median, case.unit, null, meaning, spread.ci95, spread.n, "pairs"))
+        return found
+
+    def draw(self, result: pk.Result) -> dict[str, Any]:
+        """Ratios beside their targets."""
+        rows = [Case(**json.loads(row)) for row in result["row"].values]
+        ratios = [c for c in rows if c.unit.startswith("×") and not c.at_least]
+        return {
+            "ratios": pk.plots.bars(
+                {c.what: c.median for c in ratios},
+                title="What capture costs, as multiples of the baseline",
+                unit="× baseline",
+                quantity="median ratio",
+                intervals={c.what: (min(c.values), max(c.values)) for c in ratios},
+                reference=(1.0, "the baseline itself"),
+                caption=f"{result.about} Whiskers: smallest and largest pair.",
+                alt="Bars of cost ratios against the bare computations.",
+            )
+        }
+
+
+@pk.register
+class CaptureParity(pk.Analysis):
+    """How far is every statistic from a naive float64 reference, and how far are other tools?
+
+    Question:
+        Is exactness the price of speed?
+
+    Method:
+        Largest absolute difference of every statistic, over all layers, heads and tokens of one text,
+        to a copy of the model in float64 with eager attention and naive formulas.
+
+    Null:
+        The same naive formulas in float32, which are what a careful user would write.
+
+    Known failure modes:
+        Ranks jump by one where two logits are equal up to rounding.
+
+    References:
+        None; this is a measurement of the software itself.
+    """
+
+    name, title = "capture-parity", "Agreement with a float64 reference"
+    measures = {
+        "largest_difference": pk.Measure(("sample", "case"), "unit of the statistic", "largest absolute difference"),
+        "largest_value": pk.Measure(("case",), "unit of the statistic", "largest magnitude in the reference"),
+    }
+
+    def findings(self, result: pk.Result) -> list[pk.Finding]:
+        """One per statistic."""
+        found, data = [], result.dataset
+        for statistic in data["case"].values.tolist():
+            off = data["largest_difference"].sel(case=statistic)
+            others = ", ".join(
+                f"{s} {float(off.sel(sample=s)):.1e}" for s in off["sample"].values.tolist() if s != "probekit"
+            )
+            ours, eager = float(off.sel(sample="probekit")), float(off.sel(sample="eager float32"))
+            claim = f"{statistic}: at most {ours:.1e} from float64 (values up to {float(data['largest_value'].sel(case=statistic)):.3g}); {others}."
+            found.append(pk.Finding(claim, ours, "absolute difference", eager, "eager float32", None, 1, "text"))
+        return found
+
+    def draw(self, result: pk.Result) -> dict[str, Any]:
+        """Differences of all tools."""
+        return {
+            "parity": pk.plots.heatmap(
+                result["largest_difference"],
+                title="Largest difference to a naive float64 reference",
+                unit="unit of the statistic",
+                quantity="difference",
+                scale="log",
+                caption=result.about,
+                alt="Heatmap of the largest difference by tool and statistic.",
+            )
+        }
+
+
+def main() -> None:
+    """Measure, and write a report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter texts and fewer pairs")
+    parser.add_argument("--out", type=Path, default=Path("reports/capture-benchmark"))
+    parser.add_argument("--worker", nargs=2, metavar=("KIND", "TOKENS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    if options.worker:
+        worker(options.worker[0], int(options.worker[1]))
+        return
+    cases, agreement, left_out = measure(options.quick)
+    table = xr.Dataset(
+        {
+            "median": ("case", [c.median for c in cases]),
+            "lowest": ("case", [min(c.values) for c in cases]),
+            "highest": ("case", [max(c.values) for c in cases]),
+            "target": ("case", [c.target for c in cases]),
+            "row": ("case", [json.dumps(asdict(c)) for c in cases]),
+        },
+        coords={"case": [c.what for c in cases]},
+    )
+    machine = {"processor": platform.processor() or platform.machine(), "cores": psutil.cpu_count(), "threads": 2}
+    model = pk.open_model("smollm2-135m-instruct")
+    provenance = {**model.provenance(), "machine": machine, "left_out": left_out, "quick": options.quick}
+    results = [
+        pk.result_of(name, data, provenance)
+        for name, data in (("capture-benchmark", table), ("capture-parity", agreement))
+    ]
+    print("Report:", pk.report(results, options.out))
+
+
+if __name__ == "__main__":
+    main()
