@@ -80,12 +80,15 @@ class AttentionMath:
         window: if set, a query sees itself and the `window` - 1 keys before it.
         mask: if set, axes text (or 1), 1, query, key: which pairs are allowed; takes the place of
             the causal rule and the window.
+        log_sum: if known (a flash kernel returns it), axes text, head, query: log of the sum of
+            exp(scores); saves the passes that would find it.
     """
 
     scaling: float
     softcap: float | None = None
     window: int | None = None
     mask: Tensor | None = None
+    log_sum: Tensor | None = None
 
     def visible(self, start: int, stop: int, n_keys: int, device: torch.device) -> Tensor | None:
         """Axes text (or 1), query, key: allowed pairs of a block; None if plain causal."""
@@ -184,10 +187,16 @@ def _normalise(
         scores.masked_fill_(~visible[:, None], MASKED)
     else:
         scores[..., start:] += scratch.future(n_queries, scores.device)
-    top = scores.amax(-1)
-    probs = torch.softmax(scores, dim=-1, out=scratch.view(1, tuple(scores.shape), scores.device))
-    largest = probs.amax(-1)
-    # H = log Z - sum p s, with log Z from the largest entry: p_max = exp(s_max) / Z. Masked entries add p s = 0.
-    mean_score = torch.mul(probs, scores, out=scratch.view(2, tuple(scores.shape), scores.device)).sum(-1)
-    entropy = (top - largest.log() - mean_score).clamp_(min=0)
+    buffers = [scratch.view(i, tuple(scores.shape), scores.device) for i in (1, 2)]
+    if how.log_sum is not None:
+        log_sum = how.log_sum[:, :, start : start + n_queries]
+        probs = torch.sub(scores, log_sum[..., None], out=buffers[0]).exp_()
+        largest = probs.amax(-1)
+    else:
+        top = scores.amax(-1)
+        probs = torch.softmax(scores, dim=-1, out=buffers[0])
+        largest = probs.amax(-1)
+        log_sum = top - largest.log()  # p_max = exp(s_max) / Z
+    # H = log Z - sum p s; masked entries add p s = 0.
+    entropy = (log_sum - torch.mul(probs, scores, out=buffers[1]).sum(-1)).clamp_(min=0)
     return AttentionBlock(probs, entropy, largest, start, lengths, visible)

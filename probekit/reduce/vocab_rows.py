@@ -5,28 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .base import Recorder
 from .sizes import LAYERS, RUN, STRIP, TOKENS, VOCAB_TILE
-
-
-class Unembed(Protocol):
-    """The way from a residual row to logits: final norm, unembedding, and whatever the model does after it."""
-
-    weight: Tensor  # vocab, d_model
-    bias: Tensor | None
-
-    def norm(self, rows: Tensor) -> Tensor:
-        """The final norm."""
-        ...
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """Scaling and soft-capping after the unembedding, in place where that is possible."""
-        ...
+from .unembed import Unembed
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,7 @@ def test_lens_at_the_last_layer_is_the_model(ours: tuple[Batch, list[xr.Dataset]
         assert np.array_equal(lens[field].values[-1], own[field].values, equal_nan=True)
 
 
-def test_residual_statistics_equal_the_reference(
-    smol: Any, ours: tuple[Batch, list[xr.Dataset]], plain: Plain
-) -> None:
+def test_residual_statistics_equal_the_reference(smol: Any, ours: tuple[Batch, list[xr.Dataset]], plain: Plain) -> None:
     """Norms, largest entries and medians to 1e-4 relative; the stream itself to 1e-4 of each block's median."""
     batch, (*_, norm, top, median) = ours
     assert_close(norm["norm"], np.linalg.norm(plain.blocks, axis=-1), rtol=1e-4)

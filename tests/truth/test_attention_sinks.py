@@ -68,7 +68,7 @@ def test_uniform_attention_has_no_sink() -> None:
     result = find(random_play(N_LAYERS, N_HEADS), (T,) * 5)
     first = result["pos"].values == 0
     assert_close(result["received"].values[..., first], np.full((N_LAYERS, N_HEADS, 5), UNIFORM), rtol=1e-6)
-    assert UNIFORM == pytest.approx(0.0741, abs=5e-5)
+    assert pytest.approx(0.0741, abs=5e-5) == UNIFORM
     rate, share, phases, others = result.findings
     assert (rate.value, rate.null, phases.value, others.value) == (0, 0, 0, 0)
     assert phases.claim == "No block has sinks in many of its heads."
@@ -84,7 +84,9 @@ def test_noisy_attention_has_no_sink() -> None:
     """Random scores of unit variance: no rate, no phase, on any of twenty models."""
     for seed in range(20):
         model = scripted(play=random_play(2, 3, seed=seed, sharpness=1.0), n_layers=2, n_heads=3)
-        rate, _, phases, others = run("attention-sinks", model, texts_of((T, 70), seed=seed))["attention-sinks"].findings
+        rate, _, phases, others = run("attention-sinks", model, texts_of((T, 70), seed=seed))[
+            "attention-sinks"
+        ].findings
         assert (rate.value, phases.value, others.value) == (0, 0, 0)
 
 

@@ -54,7 +54,9 @@ def test_planted_prediction_is_read_from_its_block_on(block: int) -> None:
     assert (late, agree.value) == (6, float(late >= block))
     known = np.isfinite(result["logprob_nats"].values[-1])
     exact = 12 - np.log(np.exp(12) + V - 1)
-    assert_close(result["logprob_nats"].values[block:, known], np.full((N_LAYERS - block, known.sum()), exact), atol=1e-5)
+    assert_close(
+        result["logprob_nats"].values[block:, known], np.full((N_LAYERS - block, known.sum()), exact), atol=1e-5
+    )
     assert (result["target_rank"].values[block:, known] == 0).all()
     assert (result["target_rank"].values[:block, known] > 0).all()
     assert np.abs(result["kl_nats"].values[block:]).max() < 1e-5

@@ -77,7 +77,7 @@ def test_values_outside_are_refused(name: str, given: Any, message: str) -> None
 
 
 def test_unknown_parameter_names_close_ones() -> None:
-    with pytest.raises(UnknownName, match="Unknown parameter of sinks 'topk'. Did you mean 'top_k'"):
+    with pytest.raises(UnknownName, match=r"Unknown parameter of sinks 'topk'. Did you mean 'top_k'"):
         Some.parse({"topk": 3}, "sinks")
 
 

@@ -16,7 +16,9 @@ from probekit.engine.plan import ALIKE, BATCH_TOKENS
 from probekit.reduce import AttentionStats, Keep, NextToken, Norm, Readout
 
 INFO = dataclasses.replace(scripted().info, n_layers=12, n_heads=8, n_kv_heads=2, d_model=64, d_head=8, d_vocab=5_000)
-REQUEST = Forward((Capture("pattern", AttentionStats()), Capture("resid_post", Readout()), Capture("resid_post", Norm())))
+REQUEST = Forward(
+    (Capture("pattern", AttentionStats()), Capture("resid_post", Readout()), Capture("resid_post", Norm()))
+)
 
 
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=30))
@@ -41,7 +43,9 @@ def test_less_memory_means_smaller_batches_until_it_is_refused() -> None:
     tight = make_plan(REQUEST, batch, INFO, memory_limit=roomy.peak_bytes - 1)
     assert len(tight.batches) > 2 and tight.peak_bytes < roomy.peak_bytes
     alone = make_plan(REQUEST, batch.select([0]), INFO, memory_limit=1 << 40)
-    with pytest.raises(PlanError, match=r"needs about .* and 1 KiB are available. The longest text has 60 tokens") as caught:
+    with pytest.raises(
+        PlanError, match=r"needs about .* and 1 KiB are available. The longest text has 60 tokens"
+    ) as caught:
         make_plan(REQUEST, batch.select([0]), INFO, memory_limit=1024)
     assert f"needs about {human(alone.peak_bytes)}" in str(caught.value)
     assert make_plan(REQUEST, batch.select([0]), INFO, memory_limit=alone.peak_bytes).peak_bytes == alone.peak_bytes
@@ -76,7 +80,10 @@ def test_results_take_what_the_plan_says() -> None:
 @pytest.mark.parametrize(
     ("capture", "message"),
     [
-        (Capture("resid_post", AttentionStats()), "reads attention and cannot look at 'resid_post'; it can look at pattern"),
+        (
+            Capture("resid_post", AttentionStats()),
+            "reads attention and cannot look at 'resid_post'; it can look at pattern",
+        ),
         (Capture("resid_pre", Readout()), "reads vocab and cannot look at 'resid_pre'"),
         (Capture("pattern", Norm()), "reads rows and cannot look at 'pattern'"),
         (Capture("z", Norm()), "has no point 'z'"),

@@ -65,7 +65,9 @@ def test_spellings_that_mean_something_else_are_refused(spelling: str, advice: s
     assert advice in str(caught.value)
 
 
-@pytest.mark.parametrize("spelling", ["resid_pots.3", "resid_post.x", "resid_post.1.5", "blocks.hook_resid_post", "", "3"])
+@pytest.mark.parametrize(
+    "spelling", ["resid_pots.3", "resid_post.x", "resid_post.1.5", "blocks.hook_resid_post", "", "3"]
+)
 def test_unknown_spelling_names_close_ones(spelling: str) -> None:
     with pytest.raises(UnknownName, match="Unknown point"):
         Point.of(spelling)

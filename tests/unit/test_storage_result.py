@@ -37,7 +37,11 @@ def dataset() -> xr.Dataset:
             "scalar": ((), np.float32(0.1)),
             "word": (("token",), np.array(["a", "", "\\xc3", "日\n\x00"], dtype=object), {"units": "1"}),
         },
-        coords={"layer": [0, 1, 2], "token_str": ("token", np.array(list("abcd"), dtype=object)), "pos": ("token", range(4))},
+        coords={
+            "layer": [0, 1, 2],
+            "token_str": ("token", np.array(list("abcd"), dtype=object)),
+            "pos": ("token", range(4)),
+        },
         attrs={"d_vocab": 7},
     )
 
@@ -70,7 +74,9 @@ def test_a_unit_of_time_stays_a_unit(unit: str, tmp_path: Path) -> None:
 
 
 def test_nasty_tokens_survive(tmp_path: Path) -> None:
-    tokens = [t for t in NASTY if t.isascii() or t.isprintable() or t == "\u2028"]  # no lone surrogates: pandas refuses them
+    tokens = [
+        t for t in NASTY if t.isascii() or t.isprintable() or t == "\u2028"
+    ]  # no lone surrogates: pandas refuses them
     before = xr.Dataset(coords={"token_str": ("token", np.array(tokens, dtype=object))})
     with replacing(tmp_path / "s.zarr") as folder:
         write_group(before, folder, "g", {})
@@ -146,4 +152,6 @@ def test_a_result_answers_for_its_variables(results: Results) -> None:
     with pytest.raises(UnknownName, match="Did you mean 'kl_nats'"):
         result["kl_nat"]
     assert result.about == "scripted, 2 texts, 21 tokens."
-    assert result.findings[0].claim in repr(results) and len(results.findings) == sum(len(r.findings) for r in results.values())
+    assert result.findings[0].claim in repr(results) and len(results.findings) == sum(
+        len(r.findings) for r in results.values()
+    )

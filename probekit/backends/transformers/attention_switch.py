@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,15 +84,37 @@ def watched_attention(
         softcap=rest.get("softcap"),
         mask=attention_mask,
     )
-    exact = query.dtype == torch.float32
-    # In half precision the model's own kernel makes the output, so that its numbers stay its own.
-    shown = value if exact else value[..., :0]
-    out = stream_attention(
-        query, key, shown, how, watch.lengths, lambda block: watch.on_block(layer, block), scratch=watch.scratch
-    )
-    if not exact:
+
+    def show(shown: Tensor, how: AttentionMath) -> Tensor:
+        on_block = watch.on_block
+        return stream_attention(
+            query, key, shown, how, watch.lengths, lambda block: on_block(layer, block), scratch=watch.scratch
+        )
+
+    if query.dtype == torch.float32:
+        return show(value, how).transpose(1, 2).contiguous(), None
+    # In half precision a kernel makes the output, and statistics are a second pass in float32 over its log-sums.
+    flash = _flash(query, key, value, how) if watch.own == "sdpa" else None
+    if flash is None:
+        show(value[..., :0], how)
         return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
-    return out.transpose(1, 2).contiguous(), None
+    output, log_sum = flash
+    show(value[..., :0], replace(how, log_sum=log_sum))
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, how: AttentionMath) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sums of plain causal attention from the flash kernel; None where it does not apply."""
+    if how.mask is not None or how.softcap is not None or query.shape[2] != key.shape[2]:
+        return None
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=how.scaling)
+    if query.device.type == "cuda" and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=how.scaling)[:2]
+    return None
 
 
 AttentionInterface.register(NAME, watched_attention)

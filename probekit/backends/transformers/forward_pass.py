@@ -13,6 +13,7 @@ from probekit.core import Batch, CapabilityError, Forward, Patch, Progress
 from probekit.reduce import Partial, Recorder, Reducer, Rows
 from probekit.reduce.attention_blocks import AttentionBlock
 from probekit.reduce.vocab_rows import project, stream_readout
+from probekit.reduce.vocab_tiles import stream_readout_tiles
 
 from .attention_switch import watching
 
@@ -171,7 +172,8 @@ class ForwardPass:
         if not vocab:
             return
         row_work, tell = 2e-9 * self.info.d_model * self.info.d_vocab, self.progress
-        stream_readout(
+        on_cpu = self.residuals[last].device.type == "cpu"
+        (stream_readout if on_cpu else stream_readout_tiles)(
             self.residuals,
             last,
             torch.as_tensor(self.batch.next_ids, device=self.residuals[last].device),

@@ -1,0 +1,252 @@
+"""Who may import whom. The table below is the architecture; the tests walk the syntax trees and hold it.
+
+Imports point down. "Lazily" means inside a function or for the type checker only: such an import runs when somebody
+asks for what it gives, or never. Every check is also run on a forged source that breaks it, so that it can fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "probekit"
+LONGEST = 400  # lines of a file
+
+
+@dataclass(frozen=True)
+class May:
+    """What one part of the package may import of the others."""
+
+    use: str = ""
+    lazily: str = ""
+
+
+# fmt: off
+PARTS: dict[str, May] = {
+    # part         imports                                          lazily
+    "core":        May(),
+    "stats":       May(),
+    "texts":       May("core"),
+    "demo":        May(),
+    "reduce":      May("core"),
+    "plots":       May("core",                                     "reporting"),  # a strip shows itself in a notebook
+    "catalog":     May("core"),
+    "backends":    May("core reduce"),
+    "analysis":    May("core",                                     "plots reporting phenomena"),  # types; discovery
+    "engine":      May("core reduce analysis _version"),
+    "phenomena":   May("core reduce plots stats analysis"),        # and never one another
+    "reporting":   May("core analysis plots"),
+    "models":      May("core catalog",                             "backends"),
+    "api":         May("core analysis engine",                     "models catalog reporting"),
+    "cli":         May("__init__ core analysis api catalog demo models texts reporting"),
+    "__init__":    May("_version",                                 "core analysis api models demo"),
+    "__main__":    May("cli"),
+    "_version":    May(),
+}
+# A library -> the only places that may name it, at whatever depth.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "torch":                 ("reduce", "backends"),
+    "transformers":          ("backends/transformers", "backends/gguf", "backends/sentence_transformers"),
+    "sentence_transformers": ("backends/sentence_transformers",),
+    "transformer_lens":      ("backends/transformer_lens",),
+    "nnsight":               ("backends/nnsight",),
+    "gguf":                  ("backends/gguf",),
+    "huggingface_hub":       ("catalog",),
+    "plotly":                ("plots",),
+    "jinja2":                ("reporting",),
+    "click":                 ("cli",),
+    "zarr":                  ("core/storage",),
+    "streamlit":             (),
+    "tests":                 (),
+    "helpers":               (),
+    "conftest":              (),
+}
+# These are slow to import: even where they may be named, the parts below do so lazily.
+LAZY_LIBRARIES = {"plotly": "plots", "torch": "reduce/base reduce/rows reduce/attention reduce/readout"}
+# fmt: on
+HEAVY = ("torch", "transformers", "sentence_transformers", "plotly", "streamlit", "scipy", "zarr")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One module that a file names."""
+
+    module: str
+    lazy: bool
+
+
+def imports_of(source: str, place: str) -> Iterator[Import]:
+    """Every module that a source imports; `place` is its path within the package, such as `core/text`."""
+    package = ["probekit", *place.split("/")[:-1]]
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(a.name, lazy) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from probekit import plots` names a module, `from probekit.core import Batch` a thing in one.
+            yield from (Import(f"{module}.{a.name}" if module == "probekit" else module, lazy) for a in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (Import(str(a.value), lazy) for a in node.args[:1] if isinstance(a, ast.Constant))
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        inside = lazy or typing_only or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside)
+
+    return walk(ast.parse(source), False)
+
+
+def inside(place: str, areas: tuple[str, ...]) -> bool:
+    return any(place == area or place.startswith(f"{area}/") for area in areas)
+
+
+def faults(source: str, place: str) -> list[str]:
+    """What a source at `place` does that the tables above do not allow."""
+    part = place.split("/")[0]
+    if part not in PARTS:
+        return [f"{place}: the part {part!r} is not in the table PARTS"]
+    found = []
+    may, lazily = PARTS[part].use.split(), PARTS[part].lazily.split()
+    for imported in imports_of(source, place):
+        head, *rest = imported.module.split(".")
+        if head == "probekit":
+            other = rest[0] if rest else "__init__"
+            if other == part == "phenomena" and rest[1:] and rest[1] != place.split("/")[1]:
+                found.append(f"{place} imports {imported.module}: phenomena do not know one another")
+            known = other if other in PARTS else "__init__"
+            if known != part and known not in may and not (imported.lazy and known in lazily):
+                found.append(f"{place} imports {imported.module}{' lazily' * imported.lazy}")
+        elif head in LIBRARIES:
+            if not inside(place, LIBRARIES[head]):
+                found.append(f"{place} names {head}, which belongs to {LIBRARIES[head] or 'nobody'}")
+            elif inside(place, tuple(LAZY_LIBRARIES.get(head, "").split())) and not imported.lazy:
+                found.append(f"{place} imports {head} at once; import it inside the function that needs it")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and part != "cli":
+            found.append(f"{place}:{node.lineno} prints; only the command line does")
+    return found
+
+
+def modules() -> dict[str, str]:
+    """The sources of the package, by place."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        found[place] = path.read_text(encoding="utf-8")
+    return found
+
+
+def test_every_import_is_allowed() -> None:
+    sources = modules()
+    assert len(sources) > 50
+    wrong = [fault for place, source in sources.items() for fault in faults(source, place)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_table_names_what_exists() -> None:
+    assert {place.split("/")[0] for place in modules()} == set(PARTS)
+    assert {name for may in PARTS.values() for name in (*may.use.split(), *may.lazily.split())} <= set(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("place", "source", "fault"),
+    [
+        ("core/text", "from probekit.reduce import Norm", "core/text imports probekit.reduce"),
+        ("core/text", "def f():\n    from ..engine import run", "core/text imports probekit.engine lazily"),
+        ("core/text", "import plotly", "core/text names plotly"),
+        ("reduce/base", "import torch", "imports torch at once"),
+        ("reduce/rows", "from probekit import plots", "reduce/rows imports probekit.plots"),
+        ("plots/curves", "import plotly.graph_objects as go", "imports plotly at once"),
+        ("backends/scripted", "import transformers", "names transformers"),
+        ("backends/transformers/model", "from probekit.analysis import Result", "imports probekit.analysis"),
+        ("backends/transformers/model", "from ...engine import Plan", "imports probekit.engine"),
+        ("analysis/result", "from probekit.reporting import x", "imports probekit.reporting"),
+        ("engine/run", "from probekit.backends.scripted import ScriptedModel", "imports probekit.backends.scripted"),
+        ("phenomena/a", "from probekit.engine import run_pass", "imports probekit.engine"),
+        ("phenomena/a", "from .logit_lens import LogitLens", "phenomena do not know one another"),
+        ("phenomena/a", "import probekit", "imports probekit"),
+        ("phenomena/a", "def f():\n    import streamlit", "names streamlit"),
+        ("stats", "from helpers import run", "names helpers"),
+        ("models", "from probekit.backends.transformers import TransformersModel", "imports probekit.backends"),
+        ("analysis/registry", 'importlib.import_module("probekit.engine")', "imports probekit.engine"),
+        ("engine/run", "def f():\n    print(1)", "engine/run:2 prints"),
+        ("novelty/x", "", "the part 'novelty' is not in the table"),
+    ],
+)
+def test_a_forbidden_import_is_noticed(place: str, source: str, fault: str) -> None:
+    found = faults(source, place)
+    assert len(found) == 1 and fault in found[0], found
+
+
+def test_files_are_short() -> None:
+    """No file of the package or of its tests is longer than a reader can hold."""
+    paths = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in paths}
+    assert not {p: n for p, n in lines.items() if n > LONGEST}
+
+
+def skips_without_reason(source: str) -> list[int]:
+    """Lines on which a test is skipped or expected to fail without saying why."""
+    found = []
+    tree = ast.parse(source)
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        bare = isinstance(node, ast.Attribute) and id(node) not in called
+        if bare and ast.unparse(node) in ("pytest.mark.skip", "pytest.mark.skipif", "pytest.mark.xfail"):
+            found.append(node.lineno)
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        reasons = [k.value for k in node.keywords if k.arg == "reason"]
+        if name in ("pytest.skip", "pytest.xfail"):
+            reasons += node.args[:1]
+        elif name not in ("pytest.mark.skip", "pytest.mark.skipif", "pytest.mark.xfail", "pytest.importorskip"):
+            continue
+        if not reasons or (isinstance(reasons[0], ast.Constant) and not reasons[0].value):
+            found.append(node.lineno)
+    return found
+
+
+def test_every_skip_says_why() -> None:
+    paths = (ROOT / "tests").rglob("*.py")
+    found = {str(p.relative_to(ROOT)): skips_without_reason(p.read_text(encoding="utf-8")) for p in paths}
+    assert not {p: lines for p, lines in found.items() if lines}
+    forged = "@pytest.mark.skip\ndef a(): pytest.skip()\npytest.mark.xfail(strict=True)\npytest.importorskip('x')\n"
+    assert sorted(skips_without_reason(forged)) == [1, 2, 3, 4]
+    assert not skips_without_reason("pytest.skip('no browser')\npytest.mark.skipif(True, reason='no network')")
+
+
+def loaded_by(code: str) -> list[str]:
+    """Which of the heavy libraries a fresh interpreter has loaded after `code`."""
+    script = f"import sys\n{code}\nprint(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.split()
+
+
+LIGHT = {
+    "importing probekit": "import probekit",
+    "listing analyses": "import probekit; assert len(probekit.list_analyses()) >= 4",
+    "the parameters of every analysis": (
+        "from probekit.analysis import analyses\nfor a in analyses().values(): assert a.Params.specs() is not None"
+    ),
+    "reducers as data": "from probekit.reduce import Readout, AttentionStats; assert Readout(5).key",
+    "the command line's help": "import probekit.cli",
+}
+
+
+@pytest.mark.parametrize("what", LIGHT)
+def test_what_should_be_light_is_light(what: str) -> None:
+    assert loaded_by(LIGHT[what]) == []
+
+
+def test_the_lightness_check_can_fail() -> None:
+    assert loaded_by("import probekit.backends.scripted") == ["torch"]
+    assert "plotly" in loaded_by("from probekit import plots; plots.plotly_js()")
