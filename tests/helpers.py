@@ -129,7 +129,7 @@ def tiny_model(kind: str) -> Tiny:
     n_kv = {"llama": 4, "llama-single": 1, "gpt2": 4}.get(kind, 2)
     assert model.info.n_kv_heads == n_kv, model.info.n_kv_heads
     assert module.get_input_embeddings().weight.shape == (D_VOCAB, D_MODEL)
-    assert reference.config._attn_implementation == "eager"
+    assert (module.config._attn_implementation, reference.config._attn_implementation) == ("sdpa", "eager")
     return Tiny(kind, model, reference)
 
 

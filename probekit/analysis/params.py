@@ -31,7 +31,7 @@ class ParamSpec:
         label = f"{where}: parameter {self.name!r}"
         try:
             parsed = _coerce(value, self.type)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, KeyError):
             raise InputError(f"{label} must be {self.type.__name__}, found {value!r}.") from None
         if self.choices and parsed not in self.choices:
             raise InputError(f"{label} must be one of {', '.join(self.choices)}, found {value!r}.")

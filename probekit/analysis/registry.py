@@ -87,6 +87,7 @@ def load_file(path: str | Path) -> None:
     Raises:
         InputError: there is no such Python file.
     """
+    _discover()  # first, so that a name which is taken is the user's to change
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"Expected a Python file that registers analyses, found {str(path)!r}.")

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 def token_coords(batch: Batch) -> dict[str, Any]:
     """The coordinates of the `token` axis: text, pos, token_id and token_str of every token."""
+    # A lone surrogate is no text to the libraries further on; it shows as its escape.
+    strings = [s.encode("utf-8", "backslashreplace").decode() for s in batch.strings]
     return {
         "text": ("token", batch.text_of_token),
         "pos": ("token", batch.pos),
         "token_id": ("token", batch.ids),
-        "token_str": ("token", np.asarray(batch.strings, dtype=object)),
+        "token_str": ("token", np.asarray(strings, dtype=object)),
     }
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from probekit._version import __version__
 from probekit.analysis import Analysis, Params, Result, Results
-from probekit.core import Batch, Forward, Model, ModelInfo, TextError, Trace
+from probekit.core import Batch, Forward, InputError, Model, ModelInfo, TextError, Trace
 from probekit.reduce import Partial
 
 from .lockstep import run_flows, union
@@ -119,6 +119,8 @@ def run_jobs(
     plans: list[Plan] = []
 
     def serve(request: Forward) -> Trace:
+        if request.model != "model":
+            raise InputError(f"An analysis asks for a model in the role {request.model!r}; this run has one model.")
         trace, plan = run_pass(model, request, batch, memory_limit=memory_limit, progress=progress)
         plans.append(plan)
         return trace

@@ -73,7 +73,9 @@ class AttentionSinks(Analysis):
         "sink_rate_by_key": Measure(("key",), "percent", "published Sink_k on the first T tokens; NaN in the tail"),
         "sink_rate_by_epsilon": Measure(("threshold",), "percent", "Sink_1 for other values of epsilon"),
         "layer_entropy_nats": Measure(("layer",), "nats", "mean row entropy, queries from position 1 on"),
-        "layer_entropy_rest_nats": Measure(("layer",), "nats", "the same after removing position 0 and renormalising"),
+        "layer_entropy_rest_nats": Measure(
+            ("layer",), "nats", "the same after removing position 0 and renormalising; NaN where nothing is left"
+        ),
     }
 
     def min_tokens(self, params: SinkParams) -> int:
@@ -93,7 +95,7 @@ class AttentionSinks(Analysis):
             [within.values[..., s : s + params.horizon] for s in trace.batch.starts]
         )  # text layer head key
         by_key = 100 * (windows > params.epsilon).mean(axis=(0, 1, 2))
-        by_key[params.horizon - params.tail :] = np.nan
+        by_key[max(0, params.horizon - params.tail) :] = np.nan
         sweep = [100 * (windows[..., 0] > e).mean() for e in THRESHOLDS]
         lengths = np.repeat(trace.batch.lengths, trace.batch.lengths)
         sink_share = (

@@ -87,7 +87,7 @@ class MassiveActivations(Analysis):
         """Who is massive, and the path of each text's largest entry."""
         norm, top, median = (trace[Capture("resid_post", r)] for r in _reducers(params))
         value, dim = top["value"].values, top["dim"].values  # layer token rank
-        place = np.searchsorted(np.sort(trace.batch.index), top["text"].values)
+        place = np.repeat(np.arange(len(trace.batch)), trace.batch.lengths)
         scale = median["median"].values[:, place]  # layer token
         magnitude = np.abs(value)
         strict = (magnitude > params.min_magnitude) & (magnitude > params.ratio * scale[..., None])
@@ -122,7 +122,7 @@ class MassiveActivations(Analysis):
         ratio, size = text_mean(peaks / medians), text_mean(peaks)
         place = _most_common(np.stack([data["peak_dim"].values, data["peak_pos"].values], axis=1))
         lengths = np.bincount(np.unique(result["text"].values, return_inverse=True)[1])
-        null = float(np.mean([_gaussian_ratio(n * data.attrs["d_model"]) for n in lengths]))
+        null = float(np.mean([_gaussian_ratio(n * data.attrs["d_model"] * data.sizes["layer"]) for n in lengths]))
         massive = bool((data["n_massive_loose"] > 0).any())
         lead = "A massive activation reaches" if massive else "The largest activation is not massive: it has"
         largest = Finding(

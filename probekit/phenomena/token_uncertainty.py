@@ -118,7 +118,7 @@ class TokenUncertainty(Analysis):
                 f"as if {fmt(float(np.exp(mean.value)))} tokens were equally likely.",
                 mean.value, "nats", limit, "uniform over the vocabulary", mean.ci95, mean.n, mean.n_unit,
             ),
-            self._concentration(result, entropy, texts, pos),
+            *([self._concentration(result, entropy, texts, pos)] if entropy.sum() > 0 else []),
         ]  # fmt: skip
 
     def _concentration(self, result: Result, entropy: np.ndarray, texts: np.ndarray, pos: np.ndarray) -> Finding:

@@ -108,11 +108,8 @@ def test_text_order_changes_nothing_but_the_order(name: str, source: str) -> Non
 
 
 @every_analysis
-def test_corpus_index_changes_nothing(name: str, request: pytest.FixtureRequest) -> None:
+def test_corpus_index_changes_nothing(name: str) -> None:
     """Texts cut from a larger corpus, out of order, give the same numbers as on their own."""
-    if name == "massive-activations":
-        why = "medians are looked up by rank of the corpus index, not by place in the batch"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     batch = texts_of(LENGTHS)
     order = [4, 2, 0, 5, 1, 3]
     first = result_of(name, batch=Batch(tuple(batch.texts[i] for i in order)))

@@ -12,6 +12,7 @@ import torch
 from helpers import (
     D_VOCAB,
     EVERYTHING,
+    N_LAYERS,
     Tiny,
     assert_close,
     assert_same,
@@ -39,7 +40,9 @@ from probekit.reduce import (
     AttentionStats,
     Field,
     Keep,
+    MedianMagnitude,
     Norm,
+    Readout,
     Reducer,
 )
 
@@ -174,6 +177,19 @@ def test_watching_attention_does_not_change_the_numbers(tiny: Tiny) -> None:
     alone = see(tiny.model, [logits], batch)[0]
     watched = see(tiny.model, [*EVERYTHING, logits], batch)[-1]
     assert_same(watched, alone, rtol=1e-5)
+
+
+def test_single_layers_are_slices_of_all_layers(tiny: Tiny) -> None:
+    """Captures of one layer, beside those of all or without them, from either end, give that layer's numbers."""
+    batch = texts_of(LENGTHS, D_VOCAB)
+    every = (Norm(), AttentionStats(), Readout(5), MedianMagnitude())
+    sites = {"rows": "resid_post", "attention": "pattern", "vocab": "resid_post"}
+    whole = [Capture(sites[r.reads], r) for r in every]
+    single = [Capture((sites[r.reads], layer), r) for r in every for layer in (1, -1)]
+    expected = see(tiny.model, whole, batch)
+    for found in (see(tiny.model, [*single, *whole], batch)[: len(single)], see(tiny.model, single, batch)):
+        for i, data in enumerate(found):
+            assert_same(data, expected[i // 2].isel(layer=[1 if i % 2 == 0 else N_LAYERS - 1]), rtol=1e-5)
 
 
 def test_gpt2_scales_attention_by_layer_where_its_config_says_so() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Tiny, assert_close, assert_same, run, texts_of
+from helpers import Tiny, assert_close, assert_same, run, scripted, texts_of
 
 from probekit.analysis import analyses, get_analysis, load_file, load_result, temporary_registrations
 from probekit.core import InputError, UnknownName
@@ -71,3 +73,23 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
         load_file(thief)
     with pytest.raises(InputError, match="Expected a Python file"):
         load_file(tmp_path / "nothing.py")
+
+
+def test_a_name_that_is_taken_is_refused_in_a_fresh_interpreter(tmp_path: Path) -> None:
+    """The thief is refused, not the analysis that was there."""
+    thief = tmp_path / "thief.py"
+    thief.write_text(FILE.read_text(encoding="utf-8").replace('"mean-norm"', '"logit-lens"'), encoding="utf-8")
+    code = f"from probekit.analysis import load_file; load_file({str(thief)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FILE.parents[3])
+    assert "'logit-lens' belongs to probekit.phenomena" in done.stderr
+
+
+def test_a_second_model_is_not_silently_the_first(tmp_path: Path) -> None:
+    """A request for another role is refused where the run has one model."""
+    two = tmp_path / "two.py"
+    source = FILE.read_text(encoding="utf-8").replace("Forward((SEEN,))", 'Forward((SEEN,), model="base")')
+    two.write_text(source, encoding="utf-8")
+    with temporary_registrations():
+        load_file(two)
+        with pytest.raises(InputError, match="role 'base'; this run has one model"):
+            run("mean-norm", scripted(), texts_of((5,)))

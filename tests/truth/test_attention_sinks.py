@@ -112,6 +112,7 @@ def test_threshold_is_decided_for_each_text() -> None:
     result = run("attention-sinks", model, Batch(texts))["attention-sinks"]
     mean_then_threshold = result["received"].values[..., result["pos"].values == 0].mean()
     assert mean_then_threshold < 0.3 and result.findings[0].value == 50
+    assert result["sink_rate_by_key"].values[0] == 50
 
 
 def test_sink_at_another_position_is_found_there() -> None:
@@ -145,7 +146,6 @@ def test_tail_is_left_out_of_the_search() -> None:
     assert without["sink_rate_by_key"].values[-3:].tolist() == [100, 100, 100], "these are what the tail hides"
 
 
-@pytest.mark.xfail(strict=True, reason="by_key[horizon - tail :] counts from the end where tail > horizon")
 def test_tail_longer_than_the_horizon_leaves_nothing_to_search() -> None:
     result = find(sinks({(0, 0): 0.5}), (80,), horizon=40, tail=64)
     assert np.isnan(result["sink_rate_by_key"]).all()
