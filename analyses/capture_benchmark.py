@@ -81,9 +81,12 @@ def text_of(model: Any, n_tokens: int) -> Any:
     return model.tokenize([words]).windows(n_tokens).select([0])
 
 
-def paired(ours: Callable[[], Any], base: Callable[[], Any], n: int) -> tuple[list[float], float, float]:
-    """Ratios ours / base of `n` pairs that run in turn, after one of each; and both medians in seconds."""
-    base(), ours()
+def paired(
+    ours: Callable[[], Any], base: Callable[[], Any], n: int, *, warm: bool = True
+) -> tuple[list[float], float, float]:
+    """Ratios ours / base of `n` pairs that run in turn, after one of each if `warm`; and both medians in seconds."""
+    if warm:
+        base(), ours()
     pairs = []
     for i in range(n):
         order = (base, ours) if i % 2 else (ours, base)
@@ -137,7 +140,7 @@ class Bench:
     def attention_case(self, n_tokens: int, target: float, n: int) -> Case:
         """Attention and residual statistics against the bare forward."""
         batch = text_of(self.model, n_tokens)
-        values, a, b = paired(self.capture(STATS, batch), self.forward(batch), n)
+        values, a, b = paired(self.capture(STATS, batch), self.forward(batch), n, warm=n_tokens < 4096)
         what = f"attention + residual statistics, T = {n_tokens}"
         return Case(what, "bare SDPA forward", target, values=values, note=f"{a:.2f} s / {b:.2f} s")
 
@@ -166,7 +169,8 @@ class Bench:
         """Everything in one pass against the bare forward and the bare matrix products."""
         batch = text_of(self.model, n_tokens)
         forward, gemms = self.forward(batch), self.gemms(n_tokens * self.n_layers)
-        values, a, b = paired(self.capture((*STATS, *LENS), batch), lambda: (forward(), gemms()), n)
+        ours = self.capture((*STATS, *LENS), batch)
+        values, a, b = paired(ours, lambda: (forward(), gemms()), n, warm=n_tokens < 1024)
         what = f"all core statistics in one pass, T = {n_tokens}"
         return Case(what, "bare forward + bare GEMMs", 1.20, values=values, note=f"{a:.2f} s / {b:.2f} s")
 
@@ -174,7 +178,8 @@ class Bench:
         """The same outputs the way a TransformerLens user gets them, against probekit."""
         batch = text_of(self.model, n_tokens)
         ids, peer = torch.tensor(batch.texts[0].ids), TransformerLens(self.hf.config._name_or_path)
-        values, a, b = paired(lambda: peer.run(ids), self.capture((*STATS, *LENS), batch), n)
+        ours = self.capture((*STATS, *LENS), batch)
+        values, a, b = paired(lambda: peer.run(ids), ours, n, warm=n_tokens < 1024)
         what = f"TransformerLens path for the same outputs, T = {n_tokens}"
         return Case(what, "probekit", target, values=values, at_least=True, note=f"{a:.2f} s / {b:.2f} s")
 
@@ -210,7 +215,7 @@ class Bench:
             for _ in range(n_texts * 64 // 512):
                 pk.run("token-norms", self.model, long, progress=False)
 
-        values, a, b = paired(many, one, n)
+        values, a, b = paired(many, one, n, warm=False)
         what = f"{n_texts} texts of 64 tokens, per token"
         return Case(what, "texts of 512 tokens", 1.0, values=values, note=f"{a:.2f} s / {b:.2f} s")
 
@@ -365,7 +370,7 @@ def measure(quick: bool) -> tuple[list[Case], xr.Dataset, list[str]]:
             left_out.append(f"TransformerLens at T = {n_tokens}: not installed")
     add(lambda: bench.overhead_case(20))
     add(lambda: import_case(5))
-    add(lambda: bench.batching_case(32 if quick else 512, n))
+    add(lambda: bench.batching_case(32 if quick else 512, 3 if quick else 2))
     t_memory = 256 if quick else 1024
     if has_peer:
         ours, theirs = peak_mib("all", t_memory), peak_mib("transformer_lens", t_memory)

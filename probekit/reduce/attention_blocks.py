@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class AttentionBlock:
         start: position of the first query.
         lengths: tokens per text.
         visible: axes text, query, key: which pairs the mask allows; None for plain causal attention.
+        counts: remembers `seen` of plain causal blocks, which are the same in every layer of a pass.
     """
 
     probs: Tensor
@@ -37,6 +38,7 @@ class AttentionBlock:
     start: int
     lengths: tuple[int, ...]
     visible: Tensor | None = None
+    counts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def column_sums(self, before: int | None = None) -> Tensor:
         """Attention each key receives from these queries; axes text, head, key.
@@ -60,11 +62,15 @@ class AttentionBlock:
         stop = self.start + n_queries
         if before is not None:
             stop = max(self.start, min(stop, before))
+        remembered = (self.start, stop, n_keys)
+        if self.visible is None and remembered in self.counts:
+            return self.counts[remembered]
         device = self.probs.device
         ends = torch.tensor(self.lengths, device=device).clamp(max=stop)[:, None]
         key = torch.arange(n_keys, device=device)[None]
         if self.visible is None:
-            return (ends - key.clamp(min=self.start)).clamp(min=0).float()
+            self.counts[remembered] = (ends - key.clamp(min=self.start)).clamp(min=0).float()
+            return self.counts[remembered]
         query = torch.arange(self.start, self.start + n_queries, device=device)
         counted = (query[None] < ends)[:, :, None] & self.visible
         return counted.sum(1).float()
@@ -106,7 +112,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._flat: dict[int, Tensor] = {}
-        self._ones: Tensor | None = None
+        self.counts: dict[tuple[int, int, int], Tensor] = {}
         self._future: Tensor | None = None
 
     def view(self, which: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -159,20 +165,21 @@ def stream_attention(
     q = (query.float() * how.scaling).reshape(n_text, n_kv, n_heads // n_kv, n_tokens, d_head)
     k = key.float().reshape(n_text * n_kv, n_tokens, d_head)
     v = value.float().reshape(n_text * n_kv, n_tokens, -1)
-    output = value.new_empty(n_text, n_heads, n_tokens, value.shape[-1])
+    output = value.new_empty(n_text, n_tokens, n_heads, value.shape[-1])  # as the projection after it wants it
     for start in range(0, n_tokens, block):
         stop = min(start + block, n_tokens)
         rows = q[:, :, :, start:stop].reshape(n_text * n_kv, -1, d_head)
-        scores = torch.bmm(rows, k[:, :stop].transpose(1, 2), out=scratch.view(0, (*rows.shape[:2], stop), k.device))
+        scores = scratch.view(0, (*rows.shape[:2], stop), k.device)
+        torch.bmm(rows, k[:, :stop].transpose(1, 2), out=scores)
         seen = _normalise(scores.view(n_text, n_heads, stop - start, stop), how, start, lengths, scratch)
         if v.shape[-1]:
             mixed = torch.bmm(seen.probs.view(scores.shape), v[:, :stop])
-            output[:, :, start:stop] = mixed.view(n_text, n_heads, stop - start, -1)
+            output[:, start:stop] = mixed.view(n_text, n_heads, stop - start, -1).transpose(1, 2)
         if min(lengths) < stop:
             for i, n in enumerate(lengths):
                 seen.probs[i, :, max(0, n - start) :] = 0
         on_block(seen)
-    return output
+    return output.transpose(1, 2)
 
 
 def _normalise(
@@ -199,4 +206,4 @@ def _normalise(
         log_sum = top - largest.log()  # p_max = exp(s_max) / Z
     # H = log Z - sum p s; masked entries add p s = 0.
     entropy = (log_sum - torch.mul(probs, scores, out=buffers[1]).sum(-1)).clamp_(min=0)
-    return AttentionBlock(probs, entropy, largest, start, lengths, visible)
+    return AttentionBlock(probs, entropy, largest, start, lengths, visible, scratch.counts)
