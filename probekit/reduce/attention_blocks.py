@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .sizes import BLOCK
+from .sizes import BLOCK, BLOCK_BYTES, SMALLEST_BLOCK
 
 MASKED = -1e30  # instead of -inf, so that probability × score is 0 and not NaN
 
@@ -29,6 +29,8 @@ class AttentionBlock:
         start: position of the first query.
         lengths: tokens per text.
         visible: axes text, query, key: which pairs the mask allows; None for plain causal attention.
+        first_head: head that the head axis begins with.
+        n_heads: heads of the layer; those of `probs` if None.
         counts: remembers `seen` of plain causal blocks, which are the same in every layer of a pass.
     """
 
@@ -38,6 +40,8 @@ class AttentionBlock:
     start: int
     lengths: tuple[int, ...]
     visible: Tensor | None = None
+    first_head: int = 0
+    n_heads: int | None = None
     counts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def column_sums(self, before: int | None = None) -> Tensor:
@@ -138,13 +142,13 @@ def stream_attention(
     lengths: tuple[int, ...],
     on_block: Callable[[AttentionBlock], None],
     *,
-    block: int = BLOCK,
+    block: int | None = None,
     scratch: Scratch | None = None,
 ) -> Tensor:
     """Causal attention in float32, showing the probabilities of each block of queries to `on_block`.
 
     Grouped-query heads share keys and values without repeating them: head h uses key-value head
-    h // (n_heads / n_kv_heads).
+    h // (n_heads / n_kv_heads). Long texts run some heads at a time, so that a block stays in the cache.
 
     Args:
         query: axes text, head, token, d_head.
@@ -152,40 +156,64 @@ def stream_attention(
         value: axes text, key-value head, token, d_value; d_value may be 0 where no output is needed.
         how: scaling, soft-cap, window and mask.
         lengths: tokens per text; positions past a text's end are padding.
-        on_block: is shown every block, in order; must not keep `probs`, which is overwritten.
-        block: queries per block.
+        on_block: is shown every block, for some heads after others; must not keep `probs`, which is overwritten.
+        block: queries per block; what suits the cache if None.
         scratch: buffers to use again.
 
     Returns:
         Attention output, axes text, head, token, d_value, in the type of `value`.
     """
     n_text, n_heads, n_tokens, d_head = query.shape
-    n_kv = key.shape[1]
+    group = n_heads // key.shape[1]
     scratch = scratch or Scratch()
-    q = (query.float() * how.scaling).reshape(n_text, n_kv, n_heads // n_kv, n_tokens, d_head)
-    k = key.float().reshape(n_text * n_kv, n_tokens, d_head)
-    v = value.float().reshape(n_text * n_kv, n_tokens, -1)
+    n_kv, block = _cut(n_text * group * n_tokens, key.shape[1], block, on_cpu=query.device.type == "cpu")
     output = value.new_empty(n_text, n_tokens, n_heads, value.shape[-1])  # as the projection after it wants it
-    for start in range(0, n_tokens, block):
-        stop = min(start + block, n_tokens)
-        rows = q[:, :, :, start:stop].reshape(n_text * n_kv, -1, d_head)
-        scores = scratch.view(0, (*rows.shape[:2], stop), k.device)
-        torch.bmm(rows, k[:, :stop].transpose(1, 2), out=scores)
-        seen = _normalise(scores.view(n_text, n_heads, stop - start, stop), how, start, lengths, scratch)
-        if v.shape[-1]:
-            mixed = torch.bmm(seen.probs.view(scores.shape), v[:, :stop])
-            output[:, start:stop] = mixed.view(n_text, n_heads, stop - start, -1).transpose(1, 2)
-        if min(lengths) < stop:
-            for i, n in enumerate(lengths):
-                seen.probs[i, :, max(0, n - start) :] = 0
-        on_block(seen)
+    for first in range(0, key.shape[1], n_kv):
+        kv, heads = slice(first, first + n_kv), slice(first * group, (first + n_kv) * group)
+        q = (query[:, heads].float() * how.scaling).unflatten(1, (-1, group))
+        k = key[:, kv].float().flatten(0, 1)
+        v = value[:, kv].float().flatten(0, 1)
+        for start in range(0, n_tokens, block):
+            stop = min(start + block, n_tokens)
+            rows = q[:, :, :, start:stop].reshape(len(k), -1, d_head)
+            scores = scratch.view(0, (*rows.shape[:2], stop), k.device)
+            torch.bmm(rows, k[:, :stop].transpose(1, 2), out=scores)
+            by_head = scores.view(n_text, -1, stop - start, stop)
+            seen = _normalise(by_head, how, (start, heads, n_heads), lengths, scratch)
+            if v.shape[-1]:
+                mixed = torch.bmm(seen.probs.view(scores.shape), v[:, :stop])
+                output[:, start:stop, heads] = mixed.view(*by_head.shape[:3], -1).transpose(1, 2)
+            if min(lengths) < stop:
+                for i, n in enumerate(lengths):
+                    seen.probs[i, :, max(0, n - start) :] = 0
+            on_block(seen)
     return output.transpose(1, 2)
 
 
+def _cut(rows_of_a_kv_head: int, n_kv: int, block: int | None, *, on_cpu: bool) -> tuple[int, int]:
+    """Key-value heads at a time and queries per block, so that a block of scores stays in the cache of a CPU."""
+    if not on_cpu:
+        return n_kv, block or BLOCK
+    if block is None:
+        block = BLOCK
+        while block > SMALLEST_BLOCK and 4 * rows_of_a_kv_head * block > BLOCK_BYTES:
+            block //= 2
+    return max(1, min(n_kv, BLOCK_BYTES // (4 * rows_of_a_kv_head * block))), block
+
+
 def _normalise(
-    scores: Tensor, how: AttentionMath, start: int, lengths: tuple[int, ...], scratch: Scratch
+    scores: Tensor, how: AttentionMath, place: tuple[int, slice, int], lengths: tuple[int, ...], scratch: Scratch
 ) -> AttentionBlock:
-    """Probabilities of one block; `scores` (text, head, query, key) is overwritten."""
+    """Probabilities of one block; `scores` (text, head, query, key) is overwritten.
+
+    Args:
+        scores: scaled products of queries and keys.
+        how: soft-cap, window, mask, known log-sums.
+        place: first query, which heads, and how many heads the layer has.
+        lengths: tokens per text.
+        scratch: buffers.
+    """
+    start, heads, n_heads = place
     n_queries, n_keys = scores.shape[2:]
     if how.softcap is not None:
         scores.div_(how.softcap).tanh_().mul_(how.softcap)
@@ -196,7 +224,7 @@ def _normalise(
         scores[..., start:] += scratch.future(n_queries, scores.device)
     buffers = [scratch.view(i, tuple(scores.shape), scores.device) for i in (1, 2)]
     if how.log_sum is not None:
-        log_sum = how.log_sum[:, :, start : start + n_queries]
+        log_sum = how.log_sum[:, heads, start : start + n_queries]
         probs = torch.sub(scores, log_sum[..., None], out=buffers[0]).exp_()
         largest = probs.amax(-1)
     else:
@@ -206,4 +234,4 @@ def _normalise(
         log_sum = top - largest.log()  # p_max = exp(s_max) / Z
     # H = log Z - sum p s; masked entries add p s = 0.
     entropy = (log_sum - torch.mul(probs, scores, out=buffers[1]).sum(-1)).clamp_(min=0)
-    return AttentionBlock(probs, entropy, largest, start, lengths, visible, scratch.counts)
+    return AttentionBlock(probs, entropy, largest, start, lengths, visible, heads.start, n_heads, scratch.counts)

@@ -187,6 +187,8 @@ class Recorder:
         self._slot = {layer: i for i, layer in enumerate(layers)}
         self._fields = dict(reducer.fields())
         self._arrays: dict[str, torch.Tensor] = {}
+        self._host: dict[str, torch.Tensor] | None = None
+        self._device: torch.device | None = None
 
     def wants(self, layer: int) -> bool:
         """Whether the reducer looks at this layer."""
@@ -204,10 +206,15 @@ class Recorder:
 
     def attention(self, layer: int, block: AttentionBlock) -> None:
         """Record one block of queries of one layer."""
-        longest = max(self.lengths)
+        longest, first = max(self.lengths), block.first_head
         for name, values in self.reducer.measure(block).items():
-            array = self._array(name, (*values.shape[:-1], longest), values)[self._slot[layer]]
-            n = values.shape[-1]
+            n_text, *some_heads, n = values.shape
+            if not some_heads and first:
+                continue  # the same for all heads, and recorded with the first ones
+            shape = (n_text, *([block.n_heads or some_heads[0]] if some_heads else []), longest)
+            array = self._array(name, shape, values)[self._slot[layer]]
+            if some_heads:
+                array = array[:, first : first + some_heads[0]]
             if self._fields[name].per == "query":
                 array[..., block.start : block.start + n] = values
             else:
@@ -222,17 +229,30 @@ class Recorder:
             for slot, one in zip(slots, values, strict=True):
                 array[slot, start : start + one.shape[0]] = one
 
-    def close(self, index: tuple[int, ...]) -> Partial:
-        """What was recorded, off the device; `index` are the texts' places in the corpus."""
+    def leave(self) -> None:
+        """Start to move what was recorded off the device; `close` waits for it."""
+        missing = set(self._fields) - set(self._arrays)
+        if missing:
+            raise RuntimeError(f"{self.point} never fired: {self.reducer.key} recorded nothing for {sorted(missing)}")
         arrays = self.reducer.settle(self._arrays, self.lengths)
         if self.reducer.reads == "attention":
             arrays = {name: self._pack(array) for name, array in arrays.items()}
         layered = SITES[self.point.site].layered
-        host = {name: (a if layered else a[0]).cpu().numpy() for name, a in arrays.items()}
-        missing = set(self._fields) - set(host)
-        if missing:
-            raise RuntimeError(f"{self.point} never fired: {self.reducer.key} recorded nothing for {sorted(missing)}")
-        return Partial(self.reducer, self.point, self.layers if layered else (), host, index, self.lengths)
+        self._device = next(iter(arrays.values())).device
+        self._host = {name: (a if layered else a[0]).to("cpu", non_blocking=True) for name, a in arrays.items()}
+
+    def close(self, index: tuple[int, ...]) -> Partial:
+        """What was recorded, off the device; `index` are the texts' places in the corpus."""
+        import torch
+
+        if self._host is None:
+            self.leave()
+        assert self._host is not None
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        layers = self.layers if SITES[self.point.site].layered else ()
+        host = {name: array.numpy() for name, array in self._host.items()}
+        return Partial(self.reducer, self.point, layers, host, index, self.lengths)
 
     def _pack(self, array: torch.Tensor) -> torch.Tensor:
         # layer, text, (head,) position -> layer, (head,) token: lay the texts end to end, without padding

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, scripted, see
+from helpers import assert_close, scripted, see, texts_of, tiny_model
 from reference import allowed, attention_maps, attention_stats, readout, received_within
 
 from probekit.backends.scripted import Script
-from probekit.core import Batch, Capture, Point, TokenText
+from probekit.core import Batch, Capture, Forward, Point, TokenText
 from probekit.reduce import (
     AttentionStats,
     Keep,
@@ -27,6 +27,7 @@ from probekit.reduce import (
     ReceivedWithin,
     Recorder,
     TopMagnitudes,
+    attention_blocks,
     vocab_rows,
 )
 from probekit.reduce.attention_blocks import AttentionMath, stream_attention
@@ -210,3 +211,28 @@ def test_rows_are_exact() -> None:
         assert np.array_equal(np.take_along_axis(values, top["dim"].values.astype(int), -1), top["value"])
         cut = np.split(magnitudes, np.cumsum(lengths)[:-1], axis=1)
         assert_close(median["median"], np.stack([np.median(t, axis=(1, 2)) for t in cut], 1), rtol=2 * EPS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-grouped", "llama-single", "mistral"])
+@pytest.mark.parametrize("block_bytes", [1, 4000, 40_000])
+def test_heads_run_in_turn_without_a_difference(kind: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts run some key-value heads and fewer queries at a time; texts, heads and keys stay in their places."""
+    model, batch = tiny_model(kind).model, texts_of([70, 41, 3])
+    request = Forward((Capture("pattern", AttentionStats()), Capture("pattern", ReceivedWithin(16))))
+    expected = model.execute(request, batch)
+    monkeypatch.setattr(attention_blocks, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(attention_blocks, "SMALLEST_BLOCK", 8)
+    shown: list[tuple[int, int]] = []
+    normalise = attention_blocks._normalise
+
+    def spy(scores: torch.Tensor, how: Any, place: Any, *rest: Any) -> Any:
+        shown.append((place[0], scores.shape[1]))
+        return normalise(scores, how, place, *rest)
+
+    monkeypatch.setattr(attention_blocks, "_normalise", spy)
+    found = model.execute(request, batch)
+    if kind != "llama-single":
+        assert any(n < model.info.n_heads for _, n in shown) or block_bytes == 40_000
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in theirs.arrays:
+            np.testing.assert_allclose(ours.arrays[name], theirs.arrays[name], atol=1e-5, equal_nan=True, err_msg=name)

@@ -81,6 +81,8 @@ class ForwardPass:
             module.base_model(input_ids=self.ids, use_cache=False)
         with torch.no_grad():
             self._readout()
+        for recorder in self.recorders:
+            recorder.leave()
         return [r.close(self.batch.index) for r in self.recorders]
 
     @contextmanager
