@@ -55,8 +55,14 @@ class Finding:
     @property
     def evidence(self) -> str:
         """Interval, null and n in one line of text."""
-        interval = "no interval" if self.ci95 is None else f"95 % interval {fmt(self.ci95[0])} to {fmt(self.ci95[1])}"
-        return f"{interval}; null {fmt(self.null)} ({self.null_meaning}); n = {self.n} {self.n_unit}"
+        first, _, rest = self.n_unit.partition(" ")
+        units = f"{first.removesuffix('s') if self.n == 1 else first} {rest}".strip()
+        interval = (
+            f"no interval from one {units}"
+            if self.ci95 is None
+            else f"95 % interval {fmt(self.ci95[0])} to {fmt(self.ci95[1])}"
+        )
+        return f"{interval}; null {fmt(self.null)} ({self.null_meaning}); n = {self.n} {units}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

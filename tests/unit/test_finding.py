@@ -45,7 +45,7 @@ def test_round_trip_through_json() -> None:
 
 def test_evidence_in_words() -> None:
     assert finding().evidence == "95 % interval 0.300 to 0.500; null 0.100 (uniform); n = 8 texts"
-    assert finding(ci95=None, n=1).evidence == "no interval; null 0.100 (uniform); n = 1 texts"
+    assert finding(ci95=None, n=1).evidence == "no interval from one text; null 0.100 (uniform); n = 1 text"
 
 
 @pytest.mark.parametrize(
