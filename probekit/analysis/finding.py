@@ -53,16 +53,20 @@ class Finding:
         return distance / standard_error if standard_error > 0 else (math.inf if distance else 0.0)
 
     @property
+    def units(self) -> str:
+        """What was resampled, in the singular where it is one."""
+        first, _, rest = self.n_unit.partition(" ")
+        return f"{first.removesuffix('s') if self.n == 1 else first} {rest}".strip()
+
+    @property
     def evidence(self) -> str:
         """Interval, null and n in one line of text."""
-        first, _, rest = self.n_unit.partition(" ")
-        units = f"{first.removesuffix('s') if self.n == 1 else first} {rest}".strip()
         interval = (
-            f"no interval from one {units}"
+            f"no interval from one {self.units}"
             if self.ci95 is None
             else f"95 % interval {fmt(self.ci95[0])} to {fmt(self.ci95[1])}"
         )
-        return f"{interval}; null {fmt(self.null)} ({self.null_meaning}); n = {self.n} {units}"
+        return f"{interval}; null {fmt(self.null)} ({self.null_meaning}); n = {self.n} {self.units}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -163,7 +163,7 @@ def _pass_bytes(request: Forward, lengths: Sequence[int], info: ModelInfo) -> in
     need += _result_bytes(request, n, info) // 2
     reads = {_reducer(c).reads for c in request.captures}
     if "attention" in reads:
-        need += 2 * 4 * n_texts * info.n_heads * min(longest, BLOCK) * longest + 8 * n * qkv
+        need += 3 * 4 * n_texts * info.n_heads * min(longest, BLOCK) * longest + 8 * n * qkv
     if "vocab" in reads:
         held = {layer for c in request.captures if _reducer(c).reads == "vocab" for layer in info.require(c.point)}
         need += n * width * info.d_model * len(held | {0})

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .attention_blocks import AttentionBlock
     from .vocab_rows import VocabRows
+    from .vocab_tiles import VocabNumbers
 
 Reads = Literal["rows", "attention", "vocab"]
 
@@ -76,6 +77,7 @@ class Reducer(ABC):
     def key(self) -> str:
         """A short unique spelling, such as `top_magnitudes(k=3)`."""
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
+        # The base is no dataclass itself, every subclass is.
         values = ", ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(self).items())  # type: ignore[call-overload]
         return f"{name}({values})"
 
@@ -220,7 +222,7 @@ class Recorder:
             else:
                 array[..., :n] += values
 
-    def vocab(self, layers: Sequence[int], start: int, rows: VocabRows) -> None:
+    def vocab(self, layers: Sequence[int], start: int, rows: VocabRows | VocabNumbers) -> None:
         """Record the readout of some layers for the tokens from `start` on."""
         slots = [self._slot[layer] for layer in layers]
         n_tokens = sum(self.lengths)

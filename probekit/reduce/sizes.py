@@ -7,5 +7,5 @@ TOKENS, LAYERS = 128, 4  # rows per matrix product of the lens: 4 layers × 128 
 VOCAB_TILE = 2048  # the product writes the vocabulary in slices that stay in the cache
 STRIP = 16  # rows of the lens reduced at a time, so that the passes over them stay in the cache
 RUN = 64  # consecutive vocabulary entries of which the top-k search first compares only the largest
-DEVICE_ROWS = 2048  # rows that an accelerator reads at a time
+DEVICE_ROWS = 2048  # rows, layers × tokens, that an accelerator reads at a time
 DEVICE_TILE = 4096  # vocabulary entries of a tile on an accelerator; rows × tile stay near its cache

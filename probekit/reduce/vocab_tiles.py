@@ -2,14 +2,13 @@
 
 The same numbers as `vocab_rows`, made for devices where memory traffic costs more than arithmetic: each
 tile of logits is reduced as soon as it is computed, in one function that `torch.compile` fuses. Products run in
-the weights' type with float32 results; all sums are float32.
+the weights' type, sums in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from .unembed import Unembed
 
 @dataclass
 class RunningRows:
-    """What the tiles seen so far say of each row; every tensor has axis row.
+    """What the tiles seen so far say of each row; axes layer, token.
 
     Sums are relative to the running maximum m: `mass` = sum e^(x - m), `first` = sum e^(x - m) (x - m),
     `second` the same with the square; `crossed` = sum p_final x.
@@ -35,10 +34,10 @@ class RunningRows:
     above: Tensor
 
     @classmethod
-    def empty(cls, n: int, device: torch.device) -> RunningRows:
+    def empty(cls, shape: tuple[int, int], device: torch.device) -> RunningRows:
         """Before the first tile."""
-        zero = torch.zeros(n, device=device)
-        return cls(torch.full((n,), -torch.inf, device=device), *(zero.clone() for _ in range(5)))
+        zero = torch.zeros(shape, device=device)
+        return cls(torch.full(shape, -torch.inf, device=device), *(zero.clone() for _ in range(5)))
 
     @property
     def log_sum(self) -> Tensor:
@@ -53,16 +52,16 @@ def add_tile(
 
     Args:
         rows: the sums before.
-        tile: logits; axes row, vocabulary of the tile.
-        final_probs: the final distribution's probabilities of the same entries; None for the final rows.
-        wanted: logit of the token that follows each row.
-        is_wanted: axes row, vocabulary of the tile: where that token itself is, which is not above itself.
+        tile: logits; axes layer, token, vocabulary of the tile.
+        final_probs: the final distribution's probabilities of the same entries, one layer; None for the final rows.
+        wanted: logit of the token that follows; axes layer, token.
+        is_wanted: axes token, vocabulary of the tile: where that token itself is, which is not above itself.
     """
     top = torch.maximum(rows.top, tile.amax(-1))
     # The first tile finds a maximum of -inf and sums of 0; there is nothing to shift then.
     shift = torch.where(rows.top.isfinite(), rows.top - top, 0.0)
     keep = shift.exp()
-    centred = tile - top[:, None]
+    centred = tile - top[..., None]
     weights = centred.exp()
     second = keep * (rows.second + 2 * shift * rows.first + shift * shift * rows.mass)
     first = keep * (rows.first + shift * rows.mass)
@@ -73,7 +72,7 @@ def add_tile(
         first + (weights * centred).sum(-1),
         second + (weights * centred * centred).sum(-1),
         crossed,
-        rows.above + ((tile > wanted[:, None]) & ~is_wanted).sum(-1),
+        rows.above + ((tile > wanted[..., None]) & ~is_wanted).sum(-1),
     )
 
 
@@ -93,6 +92,10 @@ class VocabNumbers:
         """The `k` largest log-probabilities and their ids; axes layer, token, rank."""
         return self.top_logprobs[..., :k], self.top_ids[..., :k]
 
+    def of(self, layers: list[int]) -> VocabNumbers:
+        """The numbers of some of the layers, by their place on the layer axis."""
+        return VocabNumbers(**{name: values[layers] for name, values in vars(self).items()})
+
 
 class _Reader:
     """Reads rows tile by tile."""
@@ -103,7 +106,7 @@ class _Reader:
         self.add: Callable[..., RunningRows] = torch.compile(add_tile) if compiled else add_tile
 
     def logits(self, normed: Tensor, start: int) -> Tensor:
-        """One tile of logits, float32; axes row, vocabulary of the tile."""
+        """One tile of logits, float32; the last axis is the vocabulary of the tile."""
         stop = min(start + DEVICE_TILE, self.n_vocab)
         tile = (normed @ self.unembed.weight[start:stop].T).float()
         if self.unembed.bias is not None:
@@ -117,26 +120,26 @@ class _Reader:
     def read(
         self, rows: Tensor, targets: Tensor, final: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[VocabNumbers, Tensor]:
-        """The numbers of some rows, and their log-sums; axes row.
+        """The numbers of some rows, and their log-sums; axes layer, token.
 
         Args:
-            rows: residual rows; axes row, d_model.
-            targets: id of the token that follows; -1 where none does.
-            final: normed final rows, their log-sums and entropies, for the same tokens; None if these are they.
+            rows: residual rows; axes layer, token, d_model.
+            targets: id of the token that follows, axis token; -1 where none does.
+            final: normed final rows, their log-sums and entropies, one layer; None if these are they.
         """
         normed = self.normed(rows)
         known = targets.clamp(min=0)
-        sums = RunningRows.empty(len(rows), rows.device)
+        sums = RunningRows.empty((rows.shape[0], rows.shape[1]), rows.device)
         wanted = self._logit_of(normed, known)
-        best = torch.full((len(rows), self.top_k), -torch.inf, device=rows.device)
-        best_ids = torch.zeros((len(rows), self.top_k), dtype=torch.long, device=rows.device)
+        best = torch.full((*rows.shape[:2], self.top_k), -torch.inf, device=rows.device)
+        best_ids = torch.zeros(best.shape, dtype=torch.long, device=rows.device)
         for start in range(0, self.n_vocab, DEVICE_TILE):
             tile = self.logits(normed, start)
             ids = torch.arange(start, start + tile.shape[-1], device=rows.device)
-            probs = None if final is None else (self.logits(final[0], start) - final[1][:, None]).exp()
+            probs = None if final is None else (self.logits(final[0], start) - final[1][..., None]).exp()
             sums = self.add(sums, tile, probs, wanted, ids[None] == known[:, None])
             values, at = torch.cat([best, tile], -1).topk(self.top_k, -1)
-            best_ids = torch.cat([best_ids, ids.expand(len(rows), -1)], -1).gather(-1, at)
+            best_ids = torch.cat([best_ids, ids.expand(tile.shape)], -1).gather(-1, at)
             best = values
         return self._numbers(sums, wanted, targets, best, best_ids, final), sums.log_sum
 
@@ -144,7 +147,7 @@ class _Reader:
         rows = (normed.float() * self.unembed.weight[ids].float()).sum(-1, keepdim=True)
         if self.unembed.bias is not None:
             rows = rows + self.unembed.bias[ids].float()[:, None]
-        return self.unembed.finish(rows)[:, 0]
+        return self.unembed.finish(rows)[..., 0]
 
     def _numbers(
         self,
@@ -164,7 +167,7 @@ class _Reader:
             kl_from_final_nats=kl,
             target_logprob=(wanted - log_sum).masked_fill(none, torch.nan),
             target_rank=sums.above.masked_fill(none, torch.nan),
-            top_logprobs=best - log_sum[:, None],
+            top_logprobs=best - log_sum[..., None],
             top_ids=best_ids,
         )
 
@@ -195,25 +198,23 @@ def stream_readout_tiles(
     recorders = [*layered, *final_only]
     reader = _Reader(unembed, max((getattr(r.reducer, "top_k", 1) for r in recorders), default=1), compiled)
     wanted = sorted({layer for r in layered for layer in r.layers} - {last_layer})
-    for start in range(0, len(targets), DEVICE_ROWS):
-        chunk = slice(start, min(start + DEVICE_ROWS, len(targets)))
-        last = residuals[last_layer][chunk]
-        numbers, log_sum = reader.read(last, targets[chunk], None)
-        final = (reader.normed(last), log_sum, numbers.entropy_nats)
-        piece: Any = _of_layer(numbers)
+    n_tokens = max(1, DEVICE_ROWS // max(1, len(wanted)))
+    for start in range(0, len(targets), n_tokens):
+        chunk = slice(start, min(start + n_tokens, len(targets)))
+        last = residuals[last_layer][None, chunk]
+        own, log_sum = reader.read(last, targets[chunk], None)
         for recorder in final_only:
-            recorder.vocab((0,), start, piece)
+            recorder.vocab((0,), start, own)
         for recorder in layered:
             if recorder.wants(last_layer):
-                recorder.vocab((last_layer,), start, piece)
-        for layer in wanted:
-            numbers, _ = reader.read(residuals[layer][chunk], targets[chunk], final)
+                recorder.vocab((last_layer,), start, own)
+        if wanted:
+            final = (reader.normed(last), log_sum, own.entropy_nats)
+            # All layers at once, so that each tile of the final distribution is computed once for all of them.
+            numbers, _ = reader.read(torch.stack([residuals[i][chunk] for i in wanted]), targets[chunk], final)
             for recorder in layered:
-                if recorder.wants(layer):
-                    recorder.vocab((layer,), start, _of_layer(numbers))
+                here = [i for i in wanted if recorder.wants(i)]
+                if here:
+                    recorder.vocab(here, start, numbers.of([wanted.index(i) for i in here]))
         if progress is not None:
             progress((chunk.stop - start) * (len(wanted) + 1))
-
-
-def _of_layer(numbers: VocabNumbers) -> Any:
-    return VocabNumbers(**{name: values[None] for name, values in vars(numbers).items()})

@@ -40,7 +40,7 @@ def finding_view(finding: Finding) -> dict[str, Any]:
         "null": fmt(finding.null),
         "null_meaning": printable(finding.null_meaning),
         "n": f"{finding.n:,}",
-        "n_unit": printable(finding.n_unit),
+        "n_unit": printable(finding.units),
         "where": [f"{k} {_plain(v)}" for k, v in finding.where.items()],
         "analysis": finding.analysis,
     }
