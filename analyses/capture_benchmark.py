@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import platform
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +24,7 @@ import psutil
 import torch
 import xarray as xr
 from capture_tables import Case, cost_table
+from fresh_processes import MIB, import_case, memory_cases
 from peers import NNsight, TransformerLens, naive
 
 import probekit as pk
@@ -38,7 +36,6 @@ STATS = (
     pk.Capture("resid_post", TopMagnitudes(3)),
 )
 LENS = (pk.Capture("resid_post", Readout(10)),)
-MIB = 2**20
 DEMO = pk.demo_texts()
 
 
@@ -104,12 +101,13 @@ class Bench:
         """One instrumented pass through the engine's backend."""
         return lambda: self.model.execute(pk.Forward(captures), batch)
 
-    def attention_case(self, n_tokens: int, target: float, n: int) -> Case:
+    def attention_case(self, n_tokens: int, target: float | None, n: int) -> Case:
         """Attention and residual statistics against the bare forward."""
         batch = text_of(self.model, n_tokens)
         values, a, b = paired(self.capture(STATS, batch), self.forward(batch), n, warm=n_tokens < 4096)
         what = f"attention + residual statistics, T = {n_tokens}"
-        return Case(what, "bare SDPA forward", target, values=values, note=f"{a:.2f} s / {b:.2f} s")
+        note, curve = f"{a:.2f} s / {b:.2f} s", "attention + residual statistics / bare forward"
+        return Case(what, "bare SDPA forward", target, values=values, note=note, curve=curve, n_tokens=n_tokens)
 
     def lens_case(self, n_tokens: int, n: int) -> Case:
         """The all-layer lens, its forward pass taken off, against bare matrix products."""
@@ -132,23 +130,25 @@ class Bench:
         values = ((a - f) / b).tolist()
         return Case(f"all-layer lens statistics, T = {n_tokens}", "bare GEMMs", 1.20, values=values, note=note)
 
-    def all_case(self, n_tokens: int, n: int) -> Case:
+    def all_case(self, n_tokens: int, target: float | None, n: int) -> Case:
         """Everything in one pass against the bare forward and the bare matrix products."""
         batch = text_of(self.model, n_tokens)
         forward, gemms = self.forward(batch), self.gemms(n_tokens * self.n_layers)
         ours = self.capture((*STATS, *LENS), batch)
         values, a, b = paired(ours, lambda: (forward(), gemms()), n, warm=n_tokens < 1024)
         what = f"all core statistics in one pass, T = {n_tokens}"
-        return Case(what, "bare forward + bare GEMMs", 1.20, values=values, note=f"{a:.2f} s / {b:.2f} s")
+        note, curve = f"{a:.2f} s / {b:.2f} s", "all core statistics / bare forward + GEMMs"
+        return Case(what, "bare forward + bare GEMMs", target, values=values, note=note, curve=curve, n_tokens=n_tokens)
 
-    def peer_case(self, n_tokens: int, target: float, n: int) -> Case:
+    def peer_case(self, n_tokens: int, target: float | None, n: int) -> Case:
         """The same outputs the way a TransformerLens user gets them, against probekit."""
         batch = text_of(self.model, n_tokens)
         ids, peer = torch.tensor(batch.texts[0].ids), TransformerLens(self.hf.config._name_or_path)
         ours = self.capture((*STATS, *LENS), batch)
         values, a, b = paired(lambda: peer.run(ids), ours, n, warm=n_tokens < 1024)
         what = f"TransformerLens path for the same outputs, T = {n_tokens}"
-        return Case(what, "probekit", target, values=values, at_least=True, note=f"{a:.2f} s / {b:.2f} s")
+        note, curve = f"{a:.2f} s / {b:.2f} s", "TransformerLens / probekit, all core statistics"
+        return Case(what, "probekit", target, values=values, at_least=True, note=note, curve=curve, n_tokens=n_tokens)
 
     def overhead_case(self, n: int) -> Case:
         """What plan, requests and results add to an 8-token text, in milliseconds."""
@@ -210,29 +210,6 @@ class TokenNorms(pk.Analysis):
     def draw(self, result: pk.Result) -> dict[str, Any]:
         """None."""
         return {}
-
-
-def import_case(n: int) -> Case:
-    """Seconds that `import probekit` adds to starting Python, and that it brings no torch."""
-
-    def start(code: str) -> float:
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        return time.perf_counter() - begin
-
-    lean = "import sys, probekit; assert 'torch' not in sys.modules"
-    start(lean)
-    values = [start(lean) - start("pass") for _ in range(n)]
-    return Case("import probekit, without torch", "starting Python", 0.3, "s", values)
-
-
-def peak_mib(kind: str, n_tokens: int) -> float:
-    """Peak memory above the loaded model, in MiB, of one job in a fresh process."""
-    command = [sys.executable, __file__, "--worker", kind, str(n_tokens)]
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
 
 
 def worker(kind: str, n_tokens: int) -> None:
@@ -325,32 +302,21 @@ def measure(quick: bool) -> tuple[list[Case], xr.Dataset, list[str]]:
         cases.append(case)
         print(f"{case.what:58} {case.median:8.3f} {case.unit} of {case.against} {case.note}", flush=True)
 
-    for n_tokens, target in ((256, 1.10), (1024, 1.12), *(() if quick else ((4096, 1.20),))):
+    for n_tokens, target in ((64, None), (256, 1.10), (1024, 1.12), *(() if quick else ((4096, 1.20),))):
         add(lambda n_tokens=n_tokens, target=target: bench.attention_case(n_tokens, target, n))
     add(lambda: bench.lens_case(64 if quick else 256, n))
-    for n_tokens in (64,) if quick else (256, 1024):
-        add(lambda n_tokens=n_tokens: bench.all_case(n_tokens, n))
-    for n_tokens, target in ((64, 2.5),) if quick else ((256, 2.5), (1024, 3.0)):
+    for n_tokens, target in ((64, None), *(() if quick else ((256, 1.20), (1024, 1.20)))):
+        add(lambda n_tokens=n_tokens, target=target: bench.all_case(n_tokens, target, n))
+    for n_tokens, target in ((64, None), *(() if quick else ((256, 2.5), (1024, 3.0)))):
         if has_peer:
-            add(lambda n_tokens=n_tokens, target=target: bench.peer_case(n_tokens, target, 3 if quick else 5))
+            add(lambda n_tokens=n_tokens, target=target: bench.peer_case(n_tokens, target, n))
         else:
             left_out.append(f"TransformerLens at T = {n_tokens}: not installed")
     add(lambda: bench.overhead_case(20))
     add(lambda: import_case(5))
     add(lambda: bench.batching_case(32 if quick else 512, 3 if quick else 2))
-    t_memory = 256 if quick else 1024
-    if has_peer:
-        ours, theirs = peak_mib("all", t_memory), peak_mib("transformer_lens", t_memory)
-        note = f"{ours:.0f} MiB / {theirs:.0f} MiB above the loaded model"
-        what = f"peak memory of all core statistics, T = {t_memory}"
-        add(lambda: Case(what, "TransformerLens path", 0.2, values=[ours / theirs], note=note))
-    if not quick:
-        long = peak_mib("attention", 8192)
-        add(
-            lambda: Case(
-                "attention + residual statistics, T = 8192: peak memory", "the loaded model", 2048, "MiB above", [long]
-            )
-        )
+    for case in memory_cases(quick, has_peer):
+        add(lambda case=case: case)
     return cases, parity(bench, 48 if quick else 128, peers), left_out
 
 

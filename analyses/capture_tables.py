@@ -24,15 +24,19 @@ class Case:
         values: one per pair.
         at_least: whether larger is better.
         note: seconds or sizes behind the ratio.
+        curve: name of the curve over text length that this row is a point of; "" if of none.
+        n_tokens: length of the text, where the row belongs to a curve.
     """
 
     what: str
     against: str
-    target: float
+    target: float | None
     unit: str = "× baseline"
     values: list[float] = field(default_factory=list)
     at_least: bool = False
     note: str = ""
+    curve: str = ""
+    n_tokens: int = 0
 
     @property
     def median(self) -> float:
@@ -41,7 +45,9 @@ class Case:
 
     @property
     def met(self) -> bool:
-        """Whether the median reaches the target."""
+        """Whether the median reaches the target; true if there is none."""
+        if self.target is None:
+            return True
         return self.median >= self.target if self.at_least else self.median <= self.target
 
 
@@ -74,7 +80,7 @@ class CaptureBenchmark(pk.Analysis):
         "median": pk.Measure(("case",), "see unit", "median over pairs"),
         "lowest": pk.Measure(("case",), "see unit", "smallest of the pairs"),
         "highest": pk.Measure(("case",), "see unit", "largest of the pairs"),
-        "target": pk.Measure(("case",), "see unit", "what was aimed for"),
+        "target": pk.Measure(("case",), "see unit", "what was aimed for; NaN where nothing was"),
         "row": pk.Measure(("case",), "1", "the whole row as JSON"),
     }
 
@@ -82,19 +88,21 @@ class CaptureBenchmark(pk.Analysis):
         """One per row: met or not."""
         found = []
         for case in (Case(**json.loads(row)) for row in result["row"].values):
-            verdict = "met" if case.met else "missed"
-            sign = "≥" if case.at_least else "≤"
-            claim = f"{case.what}: {case.median:.3g} {case.unit} against {case.against}; target {sign} {case.target:g} {verdict}."
+            claim = f"{case.what}: {case.median:.3g} {case.unit} against {case.against}"
+            if case.target is not None:
+                sign, verdict = "≥" if case.at_least else "≤", "met" if case.met else "missed"
+                claim += f"; target {sign} {case.target:g} {verdict}"
+            claim += "."
             spread = pk.stats.text_mean(np.array(case.values), "pairs")
             null, meaning = (1.0, "no difference") if case.unit.startswith("×") else (0.0, "no cost")
             found.append(pk.Finding(claim, case.median, case.unit, null, meaning, spread.ci95, spread.n, "pairs"))
         return found
 
     def draw(self, result: pk.Result) -> dict[str, Any]:
-        """Ratios beside their targets."""
+        """Ratios to the bare computations, and time and memory over the length of the text."""
         rows = [Case(**json.loads(row)) for row in result["row"].values]
         ratios = [c for c in rows if c.unit.startswith("×") and not c.at_least]
-        return {
+        figures = {
             "ratios": pk.plots.bars(
                 {c.what: c.median for c in ratios},
                 title="What capture costs, as multiples of the baseline",
@@ -106,6 +114,57 @@ class CaptureBenchmark(pk.Analysis):
                 alt="Bars of cost ratios against the bare computations.",
             )
         }
+        times = curves_of(rows, "×")
+        if times:
+            figures["time_over_length"] = _over_length(
+                times,
+                title="Cost over the length of the text",
+                unit="× baseline",
+                quantity="median ratio",
+                reference=(1.0, "the baseline itself"),
+                caption=f"{result.about} Baselines are named in the table of findings.",
+                alt="Ratios of time against the length of the text, one curve per comparison.",
+            )
+        memory = curves_of(rows, "MiB")
+        if memory:
+            figures["memory_over_length"] = _over_length(
+                memory,
+                title="Peak memory above the loaded model",
+                unit="MiB",
+                quantity="peak memory",
+                log_y=True,
+                caption=f"{result.about} One fresh process per point.",
+                alt="Peak memory against the length of the text, one curve per way of computing.",
+            )
+        return figures
+
+
+def curves_of(rows: list[Case], unit: str) -> dict[str, xr.DataArray]:
+    """By name, the curves with at least two points whose unit begins with `unit`; axis threshold holds T."""
+    points: dict[str, dict[int, float]] = {}
+    for case in rows:
+        if case.curve and case.unit.startswith(unit):
+            points.setdefault(case.curve, {})[case.n_tokens] = case.median
+    return {
+        name: xr.DataArray([at[t] for t in sorted(at)], {"threshold": sorted(at)}, ["threshold"])
+        for name, at in points.items()
+        if len(at) > 1
+    }
+
+
+def _over_length(curves: dict[str, xr.DataArray], **labels: Any) -> pk.plots.Figure:
+    figure = pk.plots.lines(curves, **labels)
+    ticks = sorted({int(t) for curve in curves.values() for t in curve["threshold"].values})
+    ends = [np.log10(ticks[0]) - 0.03, np.log10(ticks[-1]) + 0.03]
+    figure.plot.update_xaxes(
+        type="log",
+        range=ends,
+        tickvals=ticks,
+        ticktext=[str(t) for t in ticks],
+        title_text="tokens per text (T)",
+        unifiedhovertitle={"text": "T = %{x}"},
+    )
+    return figure
 
 
 @pk.register
@@ -170,7 +229,7 @@ def cost_table(cases: list[Case]) -> xr.Dataset:
             "median": ("case", [c.median for c in cases]),
             "lowest": ("case", [min(c.values) for c in cases]),
             "highest": ("case", [max(c.values) for c in cases]),
-            "target": ("case", [c.target for c in cases]),
+            "target": ("case", [np.nan if c.target is None else c.target for c in cases]),
             "row": ("case", [json.dumps(asdict(c)) for c in cases]),
         },
         coords={"case": [c.what for c in cases]},

@@ -13,22 +13,36 @@ def allowed(n: int, window: int | None = None) -> np.ndarray:
 
 
 def attention_maps(
-    q: np.ndarray, k: np.ndarray, seen: np.ndarray, scaling: float, softcap: float | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    seen: np.ndarray,
+    scaling: float,
+    softcap: float | None = None,
+    bias: np.ndarray | float = 0.0,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Attention of one text; q has axes head, token, d_head, k fewer heads where they are grouped."""
+    """Attention of one text; q has axes head, token, d_head, k fewer heads where they are grouped.
+
+    `bias` is added to the scores; `sinks` (axis head) are logits that are no key: rows then sum to less than 1.
+    """
     q, k = q.astype(np.float64), np.repeat(k.astype(np.float64), len(q) // len(k), axis=0)
     scores = np.einsum("hqd,hkd->hqk", q, k) * scaling
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
-    return softmax(np.where(seen, scores, -np.inf), axis=-1)
+    scores = np.where(seen, scores + bias, -np.inf)
+    if sinks is None:
+        return softmax(scores, axis=-1)
+    column = np.broadcast_to(sinks.astype(np.float64)[:, None, None], (*scores.shape[:2], 1))
+    return softmax(np.concatenate([scores, column], -1), axis=-1)[..., :-1]
 
 
 def attention_stats(maps: np.ndarray, seen: np.ndarray) -> dict[str, np.ndarray]:
     """What AttentionStats makes of the maps of one text; axes head, query, key."""
     maps = maps.astype(np.float64)
+    to_sink = np.maximum(1 - maps.sum(-1), 0)
     return {
         "received": maps.sum(1) / seen.sum(0),
-        "entropy_nats": entr(maps).sum(-1),
+        "entropy_nats": entr(maps).sum(-1) + entr(to_sink),
         "max": maps.max(-1),
         "first_share": maps[:, :, 0],
         "seen": seen.sum(0).astype(np.float64),

@@ -9,7 +9,7 @@ from typing import Any
 
 from probekit.core import SITES, Batch, CapabilityError, Forward, ModelInfo, PlanError
 from probekit.reduce import Reducer
-from probekit.reduce.sizes import BLOCK, LAYERS, TOKENS
+from probekit.reduce.sizes import BLOCK, ROWS, TOKENS
 
 BATCH_TOKENS = 1024  # padded tokens that run together; more gain nothing on a CPU
 ALIKE = 0.8  # texts run together if the shortest has at least this share of the longest's tokens
@@ -163,11 +163,11 @@ def _pass_bytes(request: Forward, lengths: Sequence[int], info: ModelInfo) -> in
     need += _result_bytes(request, n, info) // 2
     reads = {_reducer(c).reads for c in request.captures}
     if "attention" in reads:
-        need += 3 * 4 * n_texts * info.n_heads * min(longest, BLOCK) * longest + 8 * n * qkv
+        need += 2 * 4 * n_texts * info.n_heads * min(longest, BLOCK) * longest + 8 * n * qkv
     if "vocab" in reads:
         held = {layer for c in request.captures if _reducer(c).reads == "vocab" for layer in info.require(c.point)}
         need += n * width * info.d_model * len(held | {0})
-        rows = min(n, TOKENS) * (min(LAYERS, len(held)) + 2)
+        rows = min(ROWS, min(n, TOKENS) * len(held | {0})) + min(n, TOKENS)
         need += 4 * info.d_vocab * (rows + 64)
     if any(c.point.site == "logits" and _reducer(c).reads == "rows" for c in request.captures):
         need += 4 * n * info.d_vocab

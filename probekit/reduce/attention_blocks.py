@@ -23,8 +23,8 @@ class AttentionBlock:
 
     Args:
         probs: axes text, head, query, key; keys run from 0 to the last one any of these queries sees.
-            Rows of padding are zero.
-        entropy_nats: entropy of each row; axes text, head, query.
+            Rows of padding are zero. With a learned sink, rows sum to less than 1.
+        entropy_nats: entropy of each row, a learned sink counted as one more outcome; axes text, head, query.
         max: largest entry of each row; axes text, head, query.
         start: position of the first query.
         lengths: tokens per text.
@@ -92,6 +92,10 @@ class AttentionMath:
             the causal rule and the window.
         log_sum: if known (a flash kernel returns it), axes text, head, query: log of the sum of
             exp(scores); saves the passes that would find it.
+        bias: if set, axes text (or 1), head (or 1), query (or 1), key: added to the scores before the
+            softmax, after any soft-cap (ALiBi, arXiv 2108.12409, and relative-position biases).
+        sinks: if set, axis head: a learned logit that takes part in the softmax without being a key,
+            as in gpt-oss (arXiv 2508.10925).
     """
 
     scaling: float
@@ -99,6 +103,15 @@ class AttentionMath:
     window: int | None = None
     mask: Tensor | None = None
     log_sum: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def added(self, heads: slice, start: int, stop: int) -> Tensor | None:
+        """The bias of a block; axes text (or 1), head (or 1), query (or 1), key up to `stop`."""
+        if self.bias is None:
+            return None
+        queries = slice(None) if self.bias.shape[2] == 1 else slice(start, stop)
+        return self.bias[:, slice(None) if self.bias.shape[1] == 1 else heads, queries, :stop]
 
     def visible(self, start: int, stop: int, n_keys: int, device: torch.device) -> Tensor | None:
         """Axes text (or 1), query, key: allowed pairs of a block; None if plain causal."""
@@ -171,13 +184,13 @@ def stream_attention(
     for first in range(0, key.shape[1], n_kv):
         kv, heads = slice(first, first + n_kv), slice(first * group, (first + n_kv) * group)
         q = (query[:, heads].float() * how.scaling).unflatten(1, (-1, group))
-        k = key[:, kv].float().flatten(0, 1)
+        k = key[:, kv].float().flatten(0, 1).transpose(1, 2).contiguous()  # this way round the product is faster
         v = value[:, kv].float().flatten(0, 1)
         for start in range(0, n_tokens, block):
             stop = min(start + block, n_tokens)
             rows = q[:, :, :, start:stop].reshape(len(k), -1, d_head)
             scores = scratch.view(0, (*rows.shape[:2], stop), k.device)
-            torch.bmm(rows, k[:, :stop].transpose(1, 2), out=scores)
+            torch.bmm(rows, k[:, :, :stop], out=scores)
             by_head = scores.view(n_text, -1, stop - start, stop)
             seen = _normalise(by_head, how, (start, heads, n_heads), lengths, scratch)
             if v.shape[-1]:
@@ -217,21 +230,31 @@ def _normalise(
     n_queries, n_keys = scores.shape[2:]
     if how.softcap is not None:
         scores.div_(how.softcap).tanh_().mul_(how.softcap)
+    bias = how.added(heads, start, start + n_queries)
+    if bias is not None:
+        scores += bias
     visible = how.visible(start, start + n_queries, n_keys, scores.device)
     if visible is not None:
         scores.masked_fill_(~visible[:, None], MASKED)
     else:
         scores[..., start:] += scratch.future(n_queries, scores.device)
-    buffers = [scratch.view(i, tuple(scores.shape), scores.device) for i in (1, 2)]
+    probs = scratch.view(1, tuple(scores.shape), scores.device)
     if how.log_sum is not None:
         log_sum = how.log_sum[:, heads, start : start + n_queries]
-        probs = torch.sub(scores, log_sum[..., None], out=buffers[0]).exp_()
+        torch.sub(scores, log_sum[..., None], out=probs).exp_()
         largest = probs.amax(-1)
     else:
         top = scores.amax(-1)
-        probs = torch.softmax(scores, dim=-1, out=buffers[0])
+        torch.softmax(scores, dim=-1, out=probs)
         largest = probs.amax(-1)
         log_sum = top - largest.log()  # p_max = exp(s_max) / Z
+    by_sink: Tensor | float = 0.0
+    if how.sinks is not None:
+        sink = how.sinks[heads].float()[None, :, None]
+        of_keys, log_sum = log_sum, torch.logaddexp(log_sum, sink)
+        left = (of_keys - log_sum).exp()  # the share that the sink leaves to the keys
+        probs *= left[..., None]
+        largest, by_sink = largest * left, (sink - log_sum).exp() * sink
     # H = log Z - sum p s; masked entries add p s = 0.
-    entropy = (log_sum - torch.mul(probs, scores, out=buffers[1]).sum(-1)).clamp_(min=0)
+    entropy = (log_sum - scores.mul_(probs).sum(-1) - by_sink).clamp_(min=0)
     return AttentionBlock(probs, entropy, largest, start, lengths, visible, heads.start, n_heads, scratch.counts)

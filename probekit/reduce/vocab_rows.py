@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Recorder
-from .sizes import LAYERS, RUN, STRIP, TOKENS, VOCAB_TILE
+from .sizes import ROWS, RUN, STRIP, TOKENS, VOCAB_TILE
 from .unembed import Unembed
 
 
@@ -172,24 +172,31 @@ def stream_readout(
     """
     n_vocab, last = unembed.weight.shape[0], residuals[last_layer]
     wanted = sorted({layer for r in layered for layer in r.layers} - {last_layer})
-    n_chunk = min(len(targets), TOKENS)
-    stacked = last.new_empty((n_chunk * min(max(len(wanted), 1), LAYERS), n_vocab), dtype=torch.float32)
-    own, own_probs = (last.new_empty((n_chunk, n_vocab), dtype=torch.float32) for _ in range(2))
+    n_chunk = max(1, min(len(targets), TOKENS))
+    n_rows = max(n_chunk, min(ROWS, n_chunk * (len(wanted) + 1)))
+    stacked = last.new_empty((n_rows, n_vocab), dtype=torch.float32)
+    own_probs = last.new_empty((n_chunk, n_vocab), dtype=torch.float32)
     strips = _Strips(last.new_empty((2, 1, min(n_chunk, STRIP), n_vocab), dtype=torch.float32))
     own_layered = [r for r in layered if r.wants(last_layer)]
     for start in range(0, len(targets), TOKENS):
         stop = min(start + TOKENS, len(targets))
-        n, target = stop - start, targets[start:stop]
-        logits = project(last[start:stop], unembed, own[:n])
-        final = strips.final(logits, own_probs[:n], target, start, last_layer, own_layered, final_only)
-        for i in range(0, len(wanted), LAYERS):
-            some = wanted[i : i + LAYERS]
+        n, target, final = stop - start, targets[start:stop], None
+        for some in _groups([last_layer, *wanted], n_rows // n):
             rows = torch.cat([residuals[layer][start:stop] for layer in some])
             logits = project(rows, unembed, stacked[: len(rows)]).view(len(some), n, n_vocab)
             for layer, of_layer in zip(some, logits, strict=True):
-                strips.layer(of_layer, final, target, start, layer, [r for r in layered if r.wants(layer)])
+                if final is None:  # the last layer comes first: the others are compared with it
+                    final = strips.final(of_layer, own_probs[:n], target, start, layer, own_layered, final_only)
+                else:
+                    strips.layer(of_layer, final, target, start, layer, [r for r in layered if r.wants(layer)])
         if progress is not None:
             progress(n * (len(wanted) + 1))
+
+
+def _groups(layers: list[int], at_most: int) -> list[list[int]]:
+    """Consecutive groups of layers that share a product; only the first may be short."""
+    first = len(layers) % at_most or at_most
+    return [layers[:first], *(layers[i : i + at_most] for i in range(first, len(layers), at_most))]
 
 
 class _Strips:

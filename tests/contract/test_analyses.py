@@ -124,7 +124,7 @@ def test_chunk_size_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) 
     """Blocks of queries, chunks of tokens and layers of any size: the same result."""
     batch, plain = texts_of(LENGTHS), result_of(name)
     for block, size in ((1, 1), (7, 5), (1000, 1000)):
-        for constant in ("TOKENS", "LAYERS", "STRIP"):
+        for constant in ("TOKENS", "ROWS", "STRIP"):
             monkeypatch.setattr(vocab_rows, constant, size)
         other = run(name, scripted().with_block(block), batch, **params_of(name))[name]
         for variable, array in plain.dataset.data_vars.items():

@@ -48,6 +48,8 @@ class Case:
     masked: bool = False
     softcap: float | None = None
     strength: float = 1.0
+    bias: str = ""
+    sinks: tuple[float, ...] = ()
 
 
 CASES = {
@@ -69,11 +71,33 @@ CASES = {
     "soft-cap, window, padding": Case(softcap=5.0, window=6, lengths=(30, 7)),
     "sharp": Case(strength=30.0, lengths=(37, 20)),
     "wide values": Case(d_value=24),
+    "ALiBi": Case(bias="alibi"),
+    "ALiBi, one token": Case(bias="alibi", lengths=(1,)),
+    "ALiBi, grouped heads, padding": Case(bias="alibi", n_kv=2, lengths=(37, 20, 1)),
+    "ALiBi, mask": Case(bias="alibi", masked=True, lengths=(37, 20)),
+    "bias of every pair": Case(bias="pairs", lengths=(37, 20), n_kv=2),
+    "learned sinks": Case(sinks=(-2.0, 0.0, 3.0, 40.0)),
+    "learned sinks, one token": Case(sinks=(-2.0, 0.0, 3.0, 40.0), lengths=(1,)),
+    "learned sinks, window, grouped heads, padding": Case(
+        sinks=(-2.0, 0.0, 3.0, 9.0), window=5, n_kv=2, lengths=(37, 2)
+    ),
+    "learned sinks, block divides T": Case(sinks=(-50.0, 0.0, 3.0, 9.0), lengths=(48,), strength=5.0),
 }
 
 
+def _bias(case: Case, rng: np.random.Generator) -> np.ndarray | None:
+    """What is added to the scores; axes text (or 1), head, query (or 1), key."""
+    longest = max(case.lengths)
+    if case.bias == "alibi":
+        return (0.5 ** np.arange(1, case.n_heads + 1)[:, None, None] * np.arange(longest))[None].astype(np.float32)
+    if case.bias == "pairs":
+        return rng.normal(size=(len(case.lengths), case.n_heads, longest, longest)).astype(np.float32)
+    return None
+
+
+@pytest.mark.parametrize("in_turn", [False, True], ids=["", "heads in turn"])
 @pytest.mark.parametrize("name", CASES)
-def test_attention_statistics_are_exact(name: str) -> None:
+def test_attention_statistics_are_exact(name: str, in_turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """AttentionStats, ReceivedWithin and the output equal those of whole float64 maps."""
     case, rng = CASES[name], np.random.default_rng(1)
     n_texts, longest, d_head = len(case.lengths), max(case.lengths), 8
@@ -84,11 +108,14 @@ def test_attention_statistics_are_exact(name: str) -> None:
     if case.masked:  # a different random mask for each text; every query sees itself
         seen &= (rng.random(seen.shape) < 0.6) | np.eye(longest, dtype=bool)
     scaling = d_head**-0.5
+    bias, sinks = _bias(case, rng), np.array(case.sinks, np.float32) if case.sinks else None
     math = AttentionMath(
         scaling,
         case.softcap,
         None if case.masked else case.window,
         torch.as_tensor(seen)[:, None] if case.masked else None,
+        bias=None if bias is None else torch.as_tensor(bias),
+        sinks=None if sinks is None else torch.as_tensor(sinks),
     )
     reducers = [AttentionStats(), ReceivedWithin(8), ReceivedWithin(20)]
     recorders = [Recorder(r, Point("pattern"), (0,), case.lengths) for r in reducers]
@@ -100,13 +127,17 @@ def test_attention_statistics_are_exact(name: str) -> None:
         for recorder in recorders:
             recorder.attention(0, piece)
 
+    if in_turn:
+        monkeypatch.setattr(attention_blocks, "BLOCK_BYTES", 1)
     output = stream_attention(*tensors, math, case.lengths, on_block, block=case.block)
-    assert blocks == list(range(0, longest, case.block))
+    assert blocks == list(range(0, longest, case.block)) * (case.n_kv if in_turn else 1)
     found = [r.close(tuple(range(n_texts))).arrays for r in recorders]
     largest = float(np.abs(q).max() * np.abs(k).max() * d_head * scaling) if case.softcap is None else case.softcap
+    largest += float(np.abs(bias).max()) if bias is not None else 0.0
     at = 0
     for i, n in enumerate(case.lengths):
-        maps = attention_maps(q[i, :, :n], k[i, :, :n], seen[i, :n, :n], scaling, case.softcap)
+        added: Any = 0.0 if bias is None else bias[min(i, len(bias) - 1)][:, :n, :n]
+        maps = attention_maps(q[i, :, :n], k[i, :, :n], seen[i, :n, :n], scaling, case.softcap, added, sinks)
         expected = [
             attention_stats(maps, seen[i, :n, :n]),
             *(received_within(maps, seen[i, :n, :n], h) for h in (8, 20)),

@@ -71,9 +71,9 @@ def test_chunk_law_attention(reducer: Reducer, block: int) -> None:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"TOKENS": 1, "LAYERS": 1, "STRIP": 1},
-        {"TOKENS": 7, "LAYERS": 3, "STRIP": 3},
-        {"TOKENS": 1000, "LAYERS": 9, "STRIP": 1000, "VOCAB_TILE": 7},
+        {"TOKENS": 1, "ROWS": 1, "STRIP": 1},
+        {"TOKENS": 7, "ROWS": 20, "STRIP": 3},
+        {"TOKENS": 1000, "ROWS": 1000, "STRIP": 1000, "VOCAB_TILE": 7},
         {"STRIP": 5, "VOCAB_TILE": 64, "RUN": 4},
     ],
     ids=str,

@@ -2,7 +2,8 @@
 
 While a pass watches, the model's attention implementation is this function; afterwards it is what
 it was. Watched layers run in streamed float32 blocks (`probekit.reduce.attention_blocks`), all
-others in the model's own implementation. Nothing ever holds query × key as a whole.
+others in SDPA, or streamed too where the model was loaded with eager attention. Nothing ever holds
+query × key as a whole.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from probekit.core import CapabilityError
 from probekit.reduce.attention_blocks import AttentionBlock, AttentionMath, Scratch, stream_attention
 
 NAME = "probekit"
@@ -36,10 +36,10 @@ class _Watch:
 _WATCH: ContextVar[_Watch | None] = ContextVar("probekit_watch", default=None)
 
 
-def _fallback(own: str) -> Callable[..., Any]:
-    # "eager" is a function of each model's own file and not in the registry; SDPA computes the same.
-    functions = AttentionInterface()
-    return functions[own] if own in functions and own != NAME else functions["sdpa"]
+def _kernel(own: str) -> Callable[..., Any] | None:
+    # "eager" is a function of each model's own file and not in the registry: its soft-caps and learned sinks are
+    # streamed too. Other kernels expect other masks than this function gets; SDPA computes what they compute.
+    return None if own == "eager" else AttentionInterface()["sdpa"]
 
 
 def watched_attention(
@@ -69,35 +69,35 @@ def watched_attention(
     """
     watch = _WATCH.get()
     layer = getattr(module, "layer_idx", None)
-    own = _fallback(watch.own if watch else "sdpa")
-    if watch is None or layer not in watch.layers:
-        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
-    if rest.get("s_aux") is not None or rest.get("position_bias") is not None:
-        raise CapabilityError(
-            f"Layer {layer} ({type(module).__name__}) has learned sinks or a position bias, which "
-            "probekit's attention statistics do not cover yet. Leave out the analyses of attention."
-        )
+    kernel = _kernel(watch.own if watch else "sdpa")
+    sees = watch is not None and layer in watch.layers
+    if kernel is not None and not sees:
+        return kernel(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
+    assert watch is not None and layer is not None
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
     how = AttentionMath(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=rest.get("softcap"),
         mask=attention_mask,
+        bias=rest.get("position_bias"),
+        sinks=rest.get("s_aux"),
     )
 
     def show(shown: Tensor, how: AttentionMath) -> Tensor:
-        on_block = watch.on_block
-        return stream_attention(
-            query, key, shown, how, watch.lengths, lambda block: on_block(layer, block), scratch=watch.scratch
-        )
+        def on_block(block: AttentionBlock) -> None:
+            if sees:
+                watch.on_block(layer, block)
 
-    if query.dtype == torch.float32:
+        return stream_attention(query, key, shown, how, watch.lengths, on_block, scratch=watch.scratch)
+
+    if query.dtype == torch.float32 or kernel is None:
         return show(value, how).transpose(1, 2).contiguous(), None
     # In half precision a kernel makes the output, and statistics are a second pass in float32 over its log-sums.
-    flash = _flash(query, key, value, how) if watch.own == "sdpa" else None
+    flash = _flash(query, key, value, how)
     if flash is None:
         show(value[..., :0], how)
-        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
+        return kernel(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
     output, log_sum = flash
     show(value[..., :0], replace(how, log_sum=log_sum))
     return output.transpose(1, 2).contiguous(), None
@@ -105,7 +105,8 @@ def watched_attention(
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, how: AttentionMath) -> tuple[Tensor, Tensor] | None:
     """Output and log-sums of plain causal attention from the flash kernel; None where it does not apply."""
-    if how.mask is not None or how.softcap is not None or query.shape[2] != key.shape[2]:
+    special = (how.mask, how.softcap, how.bias, how.sinks)
+    if any(x is not None for x in special) or query.shape[2] != key.shape[2]:
         return None
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
