@@ -295,7 +295,7 @@ def measure(quick: bool) -> tuple[list[Case], xr.Dataset, list[str]]:
     peers: dict[str, Any] = {"TransformerLens": TransformerLens} if has_peer else {}
     if importlib.util.find_spec("nnsight") is not None:
         peers["nnsight"] = NNsight
-    n = 5 if not quick else 3
+    n, many = (3, 3) if quick else (5, 9)
 
     def add(make: Callable[[], Case]) -> None:
         case = make()
@@ -303,10 +303,14 @@ def measure(quick: bool) -> tuple[list[Case], xr.Dataset, list[str]]:
         print(f"{case.what:58} {case.median:8.3f} {case.unit} of {case.against} {case.note}", flush=True)
 
     for n_tokens, target in ((64, None), (256, 1.10), (1024, 1.12), *(() if quick else ((4096, 1.20),))):
-        add(lambda n_tokens=n_tokens, target=target: bench.attention_case(n_tokens, target, n))
-    add(lambda: bench.lens_case(64 if quick else 256, n))
+        add(
+            lambda n_tokens=n_tokens, target=target: bench.attention_case(
+                n_tokens, target, many if n_tokens < 4096 else n
+            )
+        )
+    add(lambda: bench.lens_case(64 if quick else 256, many))
     for n_tokens, target in ((64, None), *(() if quick else ((256, 1.20), (1024, 1.20)))):
-        add(lambda n_tokens=n_tokens, target=target: bench.all_case(n_tokens, target, n))
+        add(lambda n_tokens=n_tokens, target=target: bench.all_case(n_tokens, target, many if n_tokens < 1024 else n))
     for n_tokens, target in ((64, None), *(() if quick else ((256, 2.5), (1024, 3.0)))):
         if has_peer:
             add(lambda n_tokens=n_tokens, target=target: bench.peer_case(n_tokens, target, n))

@@ -35,24 +35,38 @@ if TYPE_CHECKING:
     from .api import report as report
     from .api import result_of as result_of
     from .api import run as run
+    from .core import Add as Add
     from .core import Capture as Capture
     from .core import Forward as Forward
+    from .core import KnockOut as KnockOut
+    from .core import LogitDifference as LogitDifference
+    from .core import Patch as Patch
     from .core import Point as Point
     from .core import ProbekitError as ProbekitError
+    from .core import ProjectOut as ProjectOut
+    from .core import Replace as Replace
+    from .core import Scale as Scale
     from .demo import demo_texts as demo_texts
     from .models import open_model as open_model
 
 _WHERE = {
+    "Add": "core",
     "Analysis": "analysis",
     "Capture": "core",
     "Finding": "analysis",
     "Forward": "core",
+    "KnockOut": "core",
+    "LogitDifference": "core",
     "Measure": "analysis",
     "Params": "analysis",
+    "Patch": "core",
     "Point": "core",
     "ProbekitError": "core",
+    "ProjectOut": "core",
+    "Replace": "core",
     "Result": "analysis",
     "Results": "analysis",
+    "Scale": "core",
     "demo_texts": "demo",
     "list_analyses": "api",
     "list_models": "api",

@@ -1,6 +1,7 @@
 """The vocabulary: points, axes, texts, requests, traces, the model protocol, errors. Knows no model library."""
 
 from .axes import AXES, check_axes
+from .edits import Add, Edit, KnockOut, Patch, ProjectOut, Replace, Scale, Values
 from .errors import (
     CapabilityError,
     ChecksumError,
@@ -17,21 +18,25 @@ from .errors import (
 )
 from .model import Model, ModelInfo, Progress
 from .points import SITES, Point, Site
-from .requests import Capture, Embed, Forward, Patch, ReducerSpec, Request
+from .requests import Capture, Embed, Forward, LogitDifference, ReducerSpec, Request
 from .text import Batch, BosPolicy, TokenText
 from .trace import Trace, token_coords
 
 __all__ = [
     "AXES",
     "SITES",
+    "Add",
     "Batch",
     "BosPolicy",
     "CapabilityError",
     "Capture",
     "ChecksumError",
+    "Edit",
     "Embed",
     "Forward",
     "InputError",
+    "KnockOut",
+    "LogitDifference",
     "Model",
     "ModelError",
     "ModelInfo",
@@ -41,8 +46,11 @@ __all__ = [
     "Point",
     "ProbekitError",
     "Progress",
+    "ProjectOut",
     "ReducerSpec",
+    "Replace",
     "Request",
+    "Scale",
     "SelfCheckError",
     "Site",
     "StoreError",
@@ -50,6 +58,7 @@ __all__ = [
     "TokenText",
     "Trace",
     "UnknownName",
+    "Values",
     "check_axes",
     "token_coords",
     "unknown",

@@ -12,6 +12,7 @@ AXES: dict[str, str] = {
     "d_model": "residual stream dimension",
     "d_head": "dimension within one head",
     "d_mlp": "hidden dimension of the MLP",
+    "expert": "expert of a mixture, counted from 0",
     "vocab": "token id",
     "rank": "place in a descending order, counted from 0",
     "branch": "alternative continuation",

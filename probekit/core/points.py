@@ -32,6 +32,10 @@ SITES: dict[str, Site] = {
     "resid_post": Site(True, ("token", "d_model"), "residual stream leaving the block, before any final norm"),
     "attn_out": Site(True, ("token", "d_model"), "output of the attention sub-layer"),
     "mlp_out": Site(True, ("token", "d_model"), "output of the MLP sub-layer"),
+    "mlp_act": Site(
+        True, ("token", "d_mlp"), "what the MLP's last projection reads: the gated or activated hidden units"
+    ),
+    "router": Site(True, ("token", "expert"), "routing probabilities of a mixture of experts, before the top-k cut"),
     "q": Site(True, ("token", "head", "d_head"), "queries as attention uses them, after rotary embedding and norms"),
     "k": Site(True, ("token", "head", "d_head"), "keys as attention uses them; key-value heads"),
     "v": Site(True, ("token", "head", "d_head"), "values; key-value heads"),
@@ -58,6 +62,7 @@ _ALIASES: dict[str, str] = {
     "attentions_output[{L}]": "attn_out",
     "blocks.{L}.mlp.hook_out": "mlp_out",
     "mlps_output[{L}]": "mlp_out",
+    "blocks.{L}.mlp.hook_post": "mlp_act",
     "blocks.{L}.attn.hook_q": "q",
     "blocks.{L}.attn.hook_k": "k",
     "blocks.{L}.attn.hook_v": "v",

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from .edits import Patch
 from .errors import InputError
 from .points import Point
 
@@ -47,31 +48,22 @@ class Capture:
 
 
 @dataclass(frozen=True)
-class Patch:
-    """A pair (point, edit): scale an activation, for all tokens or for some positions of each text.
+class LogitDifference:
+    """A number per text, made of its logits at one position: sum over `plus` minus sum over `minus`.
 
     Args:
-        point: where to write; a layered site needs its layer.
-        scale: what the activation is multiplied with: 0 removes it, 1 is the identity.
-        positions: positions within each text, negative from the end; None for all.
+        plus: per text of the request, in order, the token id that counts for it.
+        minus: per text, the token id that counts against it; -1 for none.
+        position: where the logits are read, negative from the end.
     """
 
-    point: Point
-    scale: float
-    positions: tuple[int, ...] | None = None
+    plus: tuple[int, ...]
+    minus: tuple[int, ...]
+    position: int = -1
 
-    def __init__(
-        self, point: Point | str | tuple[str, int], scale: float, positions: tuple[int, ...] | None = None
-    ) -> None:
-        object.__setattr__(self, "point", Point.of(point))
-        object.__setattr__(self, "scale", float(scale))
-        object.__setattr__(self, "positions", positions)
-
-    @property
-    def key(self) -> str:
-        """A short unique spelling."""
-        where = "" if self.positions is None else f"@{list(self.positions)}"
-        return f"{self.point}*{self.scale:g}{where}"
+    def __post_init__(self) -> None:
+        if len(self.plus) != len(self.minus):
+            raise InputError(f"Expected one id per text; found {len(self.plus)} for and {len(self.minus)} against.")
 
 
 @dataclass(frozen=True)
@@ -80,18 +72,23 @@ class Forward:
 
     Args:
         captures: what comes back, reduced.
-        patches: what is changed on the way.
+        patches: what is changed on the way, in this order.
         model: the role of the model this goes to, for analyses that compare models.
+        texts: corpus indices of the texts that run; None for all.
+        gradient_of: if given, captures see the gradient of this number with respect to the
+            activation at their point, instead of the activation.
     """
 
     captures: tuple[Capture, ...]
     patches: tuple[Patch, ...] = ()
     model: str = "model"
+    texts: tuple[int, ...] | None = None
+    gradient_of: LogitDifference | None = None
 
     @property
-    def pass_key(self) -> tuple[str, tuple[Patch, ...]]:
+    def pass_key(self) -> tuple[object, ...]:
         """Requests with the same key can share one pass."""
-        return self.model, self.patches
+        return self.model, self.patches, self.texts, self.gradient_of
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from probekit.core import Forward, InputError, Request, Trace
@@ -27,7 +28,7 @@ def union(requests: list[Request]) -> list[Forward]:
             raise InputError(f"Expected an analysis to yield Forward requests, found {type(request).__name__}.")
         before = merged.get(request.pass_key)
         captures = dict.fromkeys([*(before.captures if before else ()), *request.captures])
-        merged[request.pass_key] = Forward(tuple(captures), request.patches, request.model)
+        merged[request.pass_key] = replace(request, captures=tuple(captures))
     return list(merged.values())
 
 

@@ -73,6 +73,8 @@ def run_pass(
     Raises:
         PlanError: it does not fit in memory.
     """
+    if request.texts is not None:
+        batch = batch.select(_rows_of(request.texts, batch))
     plan = make_plan(request, batch, model.info, memory_limit)
     parts: list[list[Partial]] = []
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} GFLOP [{elapsed}<{remaining}]"
@@ -91,6 +93,14 @@ def run_pass(
     ids = sorted({int(i) for d in data.values() if "top_id" in d for i in np.unique(d["top_id"].values)})
     vocab = dict(zip(ids, model.decode(ids), strict=True))
     return Trace(batch, model.info, data, vocab), plan
+
+
+def _rows_of(texts: Sequence[int], batch: Batch) -> list[int]:
+    place = {text: row for row, text in enumerate(batch.index)}
+    strange = [t for t in texts if t not in place]
+    if strange or not texts or len(set(texts)) != len(texts):
+        raise InputError(f"A request names the texts {list(texts)}; expected some of {sorted(place)}, each once.")
+    return [place[t] for t in texts]
 
 
 def run_jobs(

@@ -96,6 +96,8 @@ class AttentionMath:
             softmax, after any soft-cap (ALiBi, arXiv 2108.12409, and relative-position biases).
         sinks: if set, axis head: a learned logit that takes part in the softmax without being a key,
             as in gpt-oss (arXiv 2508.10925).
+        cut: if set, is given a block's scores (text, head, query, key), its heads and its first query,
+            and sets the edges that are knocked out to `MASKED`.
     """
 
     scaling: float
@@ -105,6 +107,7 @@ class AttentionMath:
     log_sum: Tensor | None = None
     bias: Tensor | None = None
     sinks: Tensor | None = None
+    cut: Callable[[Tensor, slice, int], None] | None = None
 
     def added(self, heads: slice, start: int, stop: int) -> Tensor | None:
         """The bias of a block; axes text (or 1), head (or 1), query (or 1), key up to `stop`."""
@@ -203,6 +206,41 @@ def stream_attention(
     return output.transpose(1, 2)
 
 
+def whole_attention(query: Tensor, key: Tensor, value: Tensor, how: AttentionMath) -> Tensor:
+    """The same attention in plain operations that can be differentiated; holds query × key as a whole.
+
+    Args:
+        query: axes text, head, token, d_head.
+        key: axes text, key-value head, token, d_head.
+        value: axes text, key-value head, token, d_value.
+        how: scaling, soft-cap, window, mask, bias, sinks and cut edges.
+
+    Returns:
+        Attention output, axes text, token, head, d_value.
+    """
+    n, group = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query.float() @ key.transpose(2, 3) * how.scaling
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    if how.bias is not None:
+        scores = scores + how.bias
+    visible = how.visible(0, n, n, scores.device)
+    allowed = (
+        visible[:, None] if visible is not None else torch.ones(n, n, dtype=torch.bool, device=scores.device).tril()
+    )
+    scores = scores.masked_fill(~allowed, MASKED)
+    if how.cut is not None:
+        scores = scores.clone()
+        how.cut(scores, slice(0, query.shape[1]), 0)
+    if how.sinks is not None:
+        column = how.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        probs = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    else:
+        probs = torch.softmax(scores, -1)
+    return (probs @ value).to(query.dtype).transpose(1, 2)
+
+
 def _cut(rows_of_a_kv_head: int, n_kv: int, block: int | None, *, on_cpu: bool) -> tuple[int, int]:
     """Key-value heads at a time and queries per block, so that a block of scores stays in the cache of a CPU."""
     if not on_cpu:
@@ -238,6 +276,8 @@ def _normalise(
         scores.masked_fill_(~visible[:, None], MASKED)
     else:
         scores[..., start:] += scratch.future(n_queries, scores.device)
+    if how.cut is not None:
+        how.cut(scores, heads, start)
     probs = scratch.view(1, tuple(scores.shape), scores.device)
     if how.log_sum is not None:
         log_sum = how.log_sum[:, heads, start : start + n_queries]

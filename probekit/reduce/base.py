@@ -130,6 +130,8 @@ class Partial:
     def dims(self, field: str) -> tuple[str, ...]:
         """Axes of a field's array."""
         own = self.reducer.fields()[field].dims
+        if self.reducer.reads == "rows" and "token" in own:
+            own = _at_site(own, SITES[self.point.site].dims)
         return ("layer", *own) if self.layers else own
 
     @staticmethod
@@ -172,6 +174,15 @@ class Partial:
         if self.layers:
             coords["layer"] = list(self.layers)
         return xr.Dataset(variables, coords=coords)
+
+
+def _at_site(own: tuple[str, ...], site: tuple[str, ...]) -> tuple[str, ...]:
+    """A row reducer's axes where rows have other axes than token and d_model: all of them, or one more per head."""
+    if "d_model" in own:
+        i = own.index("d_model")
+        return (*own[:i], *site[1:], *own[i + 1 :])
+    i = own.index("token") + 1
+    return (*own[:i], "head", *own[i:]) if "head" in site else own
 
 
 class Recorder:

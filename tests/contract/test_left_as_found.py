@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def test_eager_model_stays_eager() -> None:
 WRONG = {
     "attention named as MLP": ({"mlp": "self_attn"}, r"resid_post = resid_mid \+ mlp_out; found a relative difference"),
     "MLP named as attention": ({"attention": "mlp"}, r"resid_mid = resid_pre \+ attn_out; found a relative difference"),
-    "input norm named as middle norm": ({"mid_norm": "input_layernorm"}, r"resid_mid = resid_pre \+ attn_out"),
+    "input norm named as middle norm": ({"mid": ("input_layernorm", "input")}, r"resid_mid = resid_pre \+ attn_out"),
     "another norm named as final": ({"final_norm": "model.layers.0.input_layernorm"}, "the lens at the last layer"),
 }
 
@@ -162,7 +163,7 @@ WRONG = {
 def test_self_check_refuses_a_wrong_row_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that names a wrong module does not load; the message says what is off and where to mend it."""
     wrong, message = WRONG[name]
-    row = architectures.replace(architectures.LLAMA, **wrong)
+    row = dataclasses.replace(architectures.LLAMA, **wrong)
     monkeypatch.setitem(architectures.ARCHITECTURES, "llama", row)
     model = TransformersModel.from_loaded(tiny_model("llama").module, words_tokenizer(), name="wrong")
     with pytest.raises(SelfCheckError, match=message) as caught:

@@ -7,7 +7,7 @@ compares residual sums, attention, lens and patches with what the model itself c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from probekit.core import ModelError
@@ -19,25 +19,57 @@ class Architecture:
 
     Args:
         layers: path of the list of blocks, from the causal model.
-        attention: path of the attention sub-layer, within a block.
-        mlp: path of the MLP sub-layer, within a block.
-        mid_norm: path of the norm that reads the stream between attention and MLP, within a block.
+        attention: path of the attention sub-layer, within a block; its output is `attn_out`.
+        mlp: path of the MLP sub-layer, within a block; its output is `mlp_out`.
+        mid: path within a block, and side ("input" or "output"), where the stream between attention and MLP
+            passes; None for families whose attention and MLP run side by side.
+        down: path of the MLP's last projection, within a block, whose input is `mlp_act`; None where there is none.
         final_norm: path of the last norm, from the causal model.
     """
 
     layers: str = "model.layers"
     attention: str = "self_attn"
     mlp: str = "mlp"
-    mid_norm: str = "post_attention_layernorm"
+    mid: tuple[str, str] | None = ("post_attention_layernorm", "input")
+    down: str | None = "mlp.down_proj"
     final_norm: str = "model.norm"
+
+    @property
+    def taps(self) -> dict[str, tuple[str, str]]:
+        """By site: path (within a block; `final_norm` from the model) and side where its activation passes."""
+        taps = {
+            "embed": ("", "output"),
+            "resid_pre": ("", "input"),
+            "resid_post": ("", "output"),
+            "attn_out": (self.attention, "output"),
+            "mlp_out": (self.mlp, "output"),
+            "final_norm": (self.final_norm, "output"),
+        }
+        if self.mid is not None:
+            taps["resid_mid"] = self.mid
+        if self.down is not None:
+            taps["mlp_act"] = (self.down, "input")
+        return taps
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """The sites that can be captured."""
+        return frozenset({*self.taps, "q", "k", "v", "z", "pattern", "logits"})
 
 
 LLAMA = Architecture()
+GPT2 = Architecture(
+    layers="transformer.h",
+    attention="attn",
+    mid=("ln_2", "input"),
+    down="mlp.c_proj",
+    final_norm="transformer.ln_f",
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
-    "gpt2": replace(LLAMA, layers="transformer.h", attention="attn", mid_norm="ln_2", final_norm="transformer.ln_f"),
+    "gpt2": GPT2,
 }
 _ENCODERS = ("bert", "roberta", "mpnet", "electra", "deberta", "distilbert", "albert", "camembert", "modernbert")
 

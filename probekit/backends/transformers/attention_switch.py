@@ -8,10 +8,10 @@ query × key as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,27 +19,52 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from probekit.reduce.attention_blocks import AttentionBlock, AttentionMath, Scratch, stream_attention
+from probekit.backends.capture_pass import Tap, through
+from probekit.backends.edits import Cut
+from probekit.reduce.attention_blocks import (
+    AttentionBlock,
+    AttentionMath,
+    Scratch,
+    stream_attention,
+    whole_attention,
+)
 
 NAME = "probekit"
 OnBlock = Callable[[int, AttentionBlock], None]
 
 
-class _Watch:
-    """Who looks at which layers during one pass, and what attention would be otherwise."""
+@dataclass
+class Watch:
+    """Who looks at which layers during one pass, and what is changed inside attention.
 
-    def __init__(self, layers: frozenset[int], lengths: tuple[int, ...], on_block: OnBlock, own: str) -> None:
-        self.layers, self.lengths, self.on_block, self.own = layers, lengths, on_block, own
-        self.scratch = Scratch()
+    Args:
+        layers: block numbers whose probabilities are wanted.
+        lengths: tokens per text of the batch that will run.
+        on_block: is called with the block number and each `AttentionBlock`.
+        taps: by site ("q", "k", "v", "z") and layer, what to call with axes text, position, head, d_head.
+        cuts: by layer, what knocks edges out of a block of scores.
+    """
+
+    layers: frozenset[int]
+    lengths: tuple[int, ...]
+    on_block: OnBlock
+    taps: Mapping[tuple[str, int], list[Tap]] = field(default_factory=dict)
+    cuts: Mapping[int, Cut] = field(default_factory=dict)
+    own: str = "sdpa"
+    scratch: Scratch = field(default_factory=Scratch)
+
+    @property
+    def idle(self) -> bool:
+        """Whether attention is left to the model altogether."""
+        return not (self.layers or self.taps or self.cuts)
+
+    def tapped(self, site: str, layer: int, values: Tensor) -> Tensor:
+        """What the taps make of queries, keys, values or outputs; axes text, position, head, d_head."""
+        changed = through(self.taps.get((site, layer), ()), values)
+        return values if changed is None else changed
 
 
-_WATCH: ContextVar[_Watch | None] = ContextVar("probekit_watch", default=None)
-
-
-def _kernel(own: str) -> Callable[..., Any] | None:
-    # "eager" is a function of each model's own file and not in the registry: its soft-caps and learned sinks are
-    # streamed too. Other kernels expect other masks than this function gets; SDPA computes what they compute.
-    return None if own == "eager" else AttentionInterface()["sdpa"]
+_WATCH: ContextVar[Watch | None] = ContextVar("probekit_watch", default=None)
 
 
 def watched_attention(
@@ -69,11 +94,13 @@ def watched_attention(
     """
     watch = _WATCH.get()
     layer = getattr(module, "layer_idx", None)
-    kernel = _kernel(watch.own if watch else "sdpa")
-    sees = watch is not None and layer in watch.layers
-    if kernel is not None and not sees:
+    if watch is None or layer is None:
+        kernel = AttentionInterface()["sdpa"]
         return kernel(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
-    assert watch is not None and layer is not None
+    query, key, value = (
+        watch.tapped(site, layer, x.transpose(1, 2)).transpose(1, 2)
+        for site, x in (("q", query), ("k", key), ("v", value))
+    )
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
     how = AttentionMath(
@@ -82,7 +109,34 @@ def watched_attention(
         mask=attention_mask,
         bias=rest.get("position_bias"),
         sinks=rest.get("s_aux"),
+        cut=watch.cuts.get(layer),
     )
+    output = attend(watch, layer, query, key, value, how)
+    if output is None:
+        kernel = AttentionInterface()["sdpa"]
+        output = kernel(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)[0]
+    return watch.tapped("z", layer, output).contiguous(), None
+
+
+def attend(watch: Watch, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionMath) -> Tensor | None:
+    """Attention of one layer as the watch wants it: shown, cut, or neither.
+
+    Args:
+        watch: who looks.
+        layer: the block number.
+        query: axes text, head, token, d_head.
+        key: axes text, key-value head, token, d_head.
+        value: axes text, key-value head, token, d_value.
+        how: scaling, soft-cap, bias, sinks, mask and cut edges.
+
+    Returns:
+        Output, axes text, token, head, d_value; None where the model's own kernel has to make it.
+    """
+    sees, own_kernel = layer in watch.layers, watch.own != "eager" and how.cut is None
+    if torch.is_grad_enabled() and not own_kernel:
+        return whole_attention(query, key, value, how)
+    if own_kernel and not sees:
+        return None
 
     def show(shown: Tensor, how: AttentionMath) -> Tensor:
         def on_block(block: AttentionBlock) -> None:
@@ -91,16 +145,16 @@ def watched_attention(
 
         return stream_attention(query, key, shown, how, watch.lengths, on_block, scratch=watch.scratch)
 
-    if query.dtype == torch.float32 or kernel is None:
-        return show(value, how).transpose(1, 2).contiguous(), None
+    if query.dtype == torch.float32 or not own_kernel:
+        return show(value, how).transpose(1, 2)
     # In half precision a kernel makes the output, and statistics are a second pass in float32 over its log-sums.
     flash = _flash(query, key, value, how)
     if flash is None:
         show(value[..., :0], how)
-        return kernel(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
+        return None
     output, log_sum = flash
     show(value[..., :0], replace(how, log_sum=log_sum))
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, how: AttentionMath) -> tuple[Tensor, Tensor] | None:
@@ -123,22 +177,20 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
-def watching(model: nn.Module, layers: frozenset[int], lengths: tuple[int, ...], on_block: OnBlock) -> Iterator[None]:
-    """Show the attention of some layers to `on_block` while the block runs; then all is as before.
+def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Let `watch` see into the model's attention while the block runs; then all is as before.
 
     Args:
         model: the transformers model.
-        layers: block numbers to watch; with none, nothing is switched.
-        lengths: tokens per text of the batch that will run.
-        on_block: is called with the block number and each `AttentionBlock`.
+        watch: who looks at what; if it is idle, nothing is switched.
     """
-    if not layers:
+    if watch.idle:
         yield
         return
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: getattr(c, "_attn_implementation_internal", None) for key, c in configs.items()}
-    own = next((name for name in before.values() if name), "sdpa")
-    token = _WATCH.set(_Watch(layers, lengths, on_block, own))
+    watch.own = next((name for name in before.values() if name), "sdpa")
+    token = _WATCH.set(watch)
     try:
         for key, config in configs.items():
             if before[key] is not None:

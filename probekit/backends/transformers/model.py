@@ -21,7 +21,7 @@ from probekit.core import Batch, BosPolicy, CapabilityError, Forward, ModelError
 from probekit.reduce import Partial
 
 from .architectures import Architecture, architecture_of
-from .forward_pass import SITES_SERVED, ForwardPass, evaluating
+from .forward_pass import evaluating, run_pass
 from .tokens import token_strings, tokenize, tokenizer_hash
 
 _FULL_HASH_LIMIT = 4 << 30  # bytes of weights up to which the hash reads every one of them
@@ -134,7 +134,7 @@ class TransformersModel:
             context_length=getattr(c, "max_position_embeddings", None),
             dtype=str(dtype).removeprefix("torch."),
             device=str(parameter.device) if parameter is not None else "cpu",
-            sites=SITES_SERVED,
+            sites=self.architecture.sites,
             has_bos=self.tokenizer.bos_token_id is not None,
             revision=self._revision,
         )
@@ -207,7 +207,7 @@ class TransformersModel:
                 "open a text-embedding model such as 'all-minilm-l6-v2' for that."
             )
         with self._lock:
-            return ForwardPass(self, request, batch, progress).run()
+            return run_pass(self, request, batch, progress)
 
     def own_logits(self, batch: Batch) -> np.ndarray:
         """The model's own logits for one text, computed without probekit's hooks; axes token, vocab."""
