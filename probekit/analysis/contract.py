@@ -56,11 +56,14 @@ class Analysis:
         title: the same in words.
         measures: every variable that `compute` returns, with axes, unit and meaning.
         Params: a frozen dataclass of parameters.
+        intervenes: whether it changes activations, in many passes and on texts chosen for it; such an
+            analysis runs when it is named, not as part of "all".
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     measures: ClassVar[Mapping[str, Measure]]
+    intervenes: ClassVar[bool] = False
     Params: ClassVar[type[Params]] = Params
 
     def min_tokens(self, params: Any) -> int:

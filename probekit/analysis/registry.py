@@ -68,7 +68,7 @@ def get_analysis(name: str) -> Analysis:
 
 
 def get_analyses(names: str | Iterable[str]) -> list[Analysis]:
-    """The analyses of these names, in order and without repeats; "all" stands for every one.
+    """The analyses of these names, in order and without repeats; "all" stands for every one that only looks.
 
     Raises:
         UnknownName: one of them does not exist.
@@ -77,7 +77,8 @@ def get_analyses(names: str | Iterable[str]) -> list[Analysis]:
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted:
         raise InputError(f"No analysis was named. Known: {', '.join(analyses())}; or 'all'.")
-    expanded = [n for name in wanted for n in (analyses() if name == "all" else [name])]
+    looking = [n for n, a in analyses().items() if not a.intervenes]
+    expanded = [n for name in wanted for n in (looking if name == "all" else [name])]
     return [get_analysis(n) for n in dict.fromkeys(expanded)]
 
 
