@@ -10,6 +10,7 @@ TransformerLens and nnsight need `pip install "probekit[compare]"` and are left 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -324,6 +325,14 @@ def measure(quick: bool) -> tuple[list[Case], xr.Dataset, list[str]]:
     return cases, parity(bench, 48 if quick else 128, peers), left_out
 
 
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
 def main() -> None:
     """Measure, and write a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -336,9 +345,12 @@ def main() -> None:
         worker(options.worker[0], int(options.worker[1]))
         return
     cases, agreement, left_out = measure(options.quick)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": psutil.cpu_count(), "threads": 2}
+    machine = {"processor": processor(), "cores": psutil.cpu_count(), "threads": 2}
     model = pk.open_model("smollm2-135m-instruct")
     provenance = {**model.provenance(), "machine": machine, "left_out": left_out, "quick": options.quick}
+    for package in ("transformer-lens", "nnsight"):
+        if importlib.util.find_spec(package.replace("-", "_")) is not None:
+            provenance["versions"][package] = importlib.metadata.version(package)
     results = [
         pk.result_of(name, data, provenance)
         for name, data in (("capture-benchmark", cost_table(cases)), ("capture-parity", agreement))

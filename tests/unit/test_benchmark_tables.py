@@ -74,3 +74,17 @@ def test_parity_names_every_statistic(tables: Any) -> None:
     found = pk.result_of("capture-parity", off, {}).findings
     assert [(f.value, f.null) for f in found] == [(1e-6, 3e-6), (2e-6, 4e-6)]
     assert found[0].claim.startswith("received: at most 1.0e-06 from float64")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_device_study_runs_on_a_cpu(tables: Any, dtype: str) -> None:
+    """The accelerator's study, on a tiny model: it measures what it says and needs no network."""
+    import torch
+
+    sys.modules.setdefault("capture_tables", tables)
+    with temporary_registrations():
+        load_file(ANALYSES / "device_benchmark.py")
+        study = sys.modules["probekit_user_device_benchmark"]
+        cases = study.DeviceBench("tiny", "cpu", getattr(torch, dtype), 24).cases(1)
+    assert [c.against for c in cases] == ["bare forward", "bare products"]
+    assert all(np.isfinite(c.values).all() for c in cases)
