@@ -110,7 +110,7 @@ class CaptureBenchmark(pk.Analysis):
                 quantity="median ratio",
                 intervals={c.what: (min(c.values), max(c.values)) for c in ratios},
                 reference=(1.0, "the baseline itself"),
-                caption=f"{result.about} Whiskers: smallest and largest pair.",
+                caption=f"{_about(result)} Whiskers: smallest and largest pair.",
                 alt="Bars of cost ratios against the bare computations.",
             )
         }
@@ -122,7 +122,7 @@ class CaptureBenchmark(pk.Analysis):
                 unit="× baseline",
                 quantity="median ratio",
                 reference=(1.0, "the baseline itself"),
-                caption=f"{result.about} Baselines are named in the table of findings.",
+                caption=f"{_about(result)} Baselines are named in the table of findings.",
                 alt="Ratios of time against the length of the text, one curve per comparison.",
             )
         memory = curves_of(rows, "MiB")
@@ -133,10 +133,17 @@ class CaptureBenchmark(pk.Analysis):
                 unit="MiB",
                 quantity="peak memory",
                 log_y=True,
-                caption=f"{result.about} One fresh process per point.",
+                caption=f"{_about(result)} One fresh process per point.",
                 alt="Peak memory against the length of the text, one curve per way of computing.",
             )
         return figures
+
+
+def _about(result: pk.Result) -> str:
+    machine = result.provenance.get("machine", {})
+    model = result.provenance.get("model", {})
+    parts = [model.get("name"), model.get("dtype"), machine.get("processor")]
+    return ", ".join(p for p in parts if p) + "." if any(parts) else ""
 
 
 def curves_of(rows: list[Case], unit: str) -> dict[str, xr.DataArray]:
@@ -216,7 +223,7 @@ class CaptureParity(pk.Analysis):
                 unit="unit of the statistic",
                 quantity="difference",
                 scale="log",
-                caption=result.about,
+                caption=_about(result),
                 alt="Heatmap of the largest difference by tool and statistic.",
             )
         }
