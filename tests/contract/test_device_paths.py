@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import texts_of, tiny_config, tiny_model, words_tokenizer
 
-from probekit.backends.transformers import TransformersModel, forward_pass
+from probekit.backends import capture_pass
+from probekit.backends.transformers import TransformersModel
 from probekit.core import Capture, Forward, Point
 from probekit.reduce import AttentionStats, NextToken, Readout, Recorder, vocab_tiles
 from probekit.reduce.vocab_rows import stream_readout
@@ -64,7 +65,7 @@ def test_the_backend_reads_by_tiles_on_an_accelerator(monkeypatch: pytest.Monkey
         calls.append(1)
         stream_readout_tiles(*args, compiled=False)
 
-    monkeypatch.setattr(forward_pass, "stream_readout", tiles)
+    monkeypatch.setattr(capture_pass, "stream_readout", tiles)
     for ours, theirs in zip(tiny.model.execute(request, batch), expected, strict=True):
         for name in theirs.arrays:
             np.testing.assert_allclose(ours.arrays[name], theirs.arrays[name], rtol=1e-5, atol=2e-5, err_msg=name)
