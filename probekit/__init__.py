@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .activation_cache import ActivationCache as ActivationCache
+    from .activation_cache import cache as cache
     from .analysis import Analysis as Analysis
     from .analysis import Finding as Finding
     from .analysis import Measure as Measure
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .analysis import load_results as load_results
     from .analysis import param as param
     from .analysis import register as register
+    from .api import generate as generate
     from .api import list_analyses as list_analyses
     from .api import list_models as list_models
     from .api import plan as plan
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from .models import open_model as open_model
 
 _WHERE = {
+    "ActivationCache": "activation_cache",
     "Add": "core",
     "Analysis": "analysis",
     "Capture": "core",
@@ -67,7 +71,9 @@ _WHERE = {
     "Result": "analysis",
     "Results": "analysis",
     "Scale": "core",
+    "cache": "activation_cache",
     "demo_texts": "demo",
+    "generate": "api",
     "list_analyses": "api",
     "list_models": "api",
     "load_result": "analysis",

@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from probekit.analysis import Result, Results, analyses, get_analyses
-from probekit.core import Batch, BosPolicy, InputError, Model, TextError, unknown
+from probekit.core import (
+    Batch,
+    BosPolicy,
+    CapabilityError,
+    Chat,
+    Generated,
+    InputError,
+    Model,
+    Patch,
+    TextError,
+    unknown,
+)
 from probekit.engine import Job, Plan, check_texts, first_plan, run_jobs
 
 if TYPE_CHECKING:
@@ -40,18 +51,26 @@ def make_jobs(names: str | Iterable[str], params: dict[str, Any]) -> list[Job]:
     return jobs
 
 
-def make_batch(model: Model, jobs: Sequence[Job], texts: Any, bos: BosPolicy, window: int | None) -> Batch:
+def make_batch(
+    model: Model, jobs: Sequence[Job], texts: Any, bos: BosPolicy, window: int | None, chat: Chat = False
+) -> Batch:
     """The exact tokens that will run, checked against what the analyses and the model need.
 
     Raises:
         TextError: a text is empty, too short for an analysis or too long for the model.
+        CapabilityError: a chat was asked for, and the model has no tokenizer that could make one.
     """
     if isinstance(texts, Batch):
+        if chat is not False:
+            raise InputError("chat applies to texts; these are tokenised already. Give chat to model.tokenize.")
         batch = texts
     else:
         if not isinstance(texts, (str, Sequence)):
             raise InputError(f"texts must be a string or a list of strings, found {type(texts).__name__}.")
-        batch = model.tokenize([texts] if isinstance(texts, str) else list(texts), bos)
+        if chat is False:
+            batch = model.tokenize([texts] if isinstance(texts, str) else list(texts), bos)
+        else:
+            batch = _tokenize_chats(model, texts, bos, chat)
     if window is not None:
         if window < 2:
             raise InputError(f"window must be at least 2 tokens, found {window}.")
@@ -60,6 +79,17 @@ def make_batch(model: Model, jobs: Sequence[Job], texts: Any, bos: BosPolicy, wi
         if not len(batch):
             raise TextError(f"No text fills a window of {window} tokens; the longest has {longest}.")
     check_texts(jobs, batch, model.info.context_length)
+    return batch
+
+
+def _tokenize_chats(model: Any, texts: Any, bos: BosPolicy, chat: Chat) -> Batch:
+    if model.info.kind != "decoder" or not hasattr(getattr(model, "native", model), "tokenizer"):
+        raise CapabilityError(
+            f"{model.info.name!r} ({type(model).__name__}) has no chat template; open a decoder that was trained on "
+            "chats, such as 'smollm2-135m-instruct', or leave chat out."
+        )
+    one = isinstance(texts, str) or (len(texts) > 0 and all(isinstance(message, Mapping) for message in texts))
+    batch: Batch = model.tokenize([texts] if one else list(texts), bos, chat)
     return batch
 
 
@@ -79,6 +109,7 @@ def run(
     texts: Any,
     *,
     bos: BosPolicy = "model",
+    chat: Chat = False,
     window: int | None = None,
     memory_limit: int | None = None,
     progress: bool = True,
@@ -91,6 +122,9 @@ def run(
         model: an opened model, or anything that `open_model` takes.
         texts: a text, or a list of texts; a tokenised `Batch` runs as it is.
         bos: "model" adds what the tokenizer adds by itself, "always" a beginning-of-sequence token, "never" nothing.
+        chat: make each text a user turn in the model's chat template, with the words that open the answer; a string
+            is the system message. A text may then be a list of messages ({"role": …, "content": …}), also in JSON.
+            The template's own special tokens are the only ones.
         window: cut each text into consecutive windows of so many tokens and treat them as texts.
         memory_limit: bytes that may be used above the loaded model; most of the free memory if None.
         progress: show a progress bar where standard error is a terminal.
@@ -105,7 +139,7 @@ def run(
     """
     jobs = make_jobs(names, params)
     opened = _open(model)
-    batch = make_batch(opened, jobs, texts, bos, window)
+    batch = make_batch(opened, jobs, texts, bos, window, chat)
     if hasattr(opened, "load"):
         opened.load()
     corpus = {} if window is None else {"window": window}
@@ -119,6 +153,7 @@ def plan(
     texts: Any,
     *,
     bos: BosPolicy = "model",
+    chat: Chat = False,
     window: int | None = None,
     memory_limit: int | None = None,
     **params: Any,
@@ -130,6 +165,7 @@ def plan(
         model: as in `run`.
         texts: as in `run`.
         bos: as in `run`.
+        chat: as in `run`.
         window: as in `run`.
         memory_limit: as in `run`.
         params: as in `run`.
@@ -142,7 +178,7 @@ def plan(
     """
     jobs = make_jobs(names, params)
     opened = _open(model)
-    batch = make_batch(opened, jobs, texts, bos, window)
+    batch = make_batch(opened, jobs, texts, bos, window, chat)
     return first_plan(jobs, opened.info, batch, memory_limit)
 
 
@@ -168,6 +204,52 @@ def report(results: Result | Results | Iterable[Result], folder: str | Path) -> 
     if not len(results):
         raise InputError("There is no result to report.")
     return write_run(results, Path(folder), manifest(results))
+
+
+def generate(
+    model: Any,
+    texts: Any,
+    n_tokens: int = 32,
+    *,
+    patches: Sequence[Patch] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    bos: BosPolicy = "model",
+    chat: Chat = False,
+) -> Generated:
+    """Let a model write on, while patches change activations.
+
+    Args:
+        model: an opened model, or anything that `open_model` takes.
+        texts: a prompt or a list of prompts; a tokenised `Batch` runs as it is.
+        n_tokens: tokens to write at most after each prompt; an end token stops earlier.
+        patches: what is changed on the way. Without positions, a patch acts on prompt and written tokens alike;
+            with positions, on these tokens of the prompt only.
+        temperature: 0 takes the most probable token, otherwise tokens are drawn from softmax(logits / temperature).
+        seed: of the draws.
+        bos: as in `run`.
+        chat: as in `run`; the model then writes its answer.
+
+    Returns:
+        The texts written, with log-probability and entropy of every token.
+
+    Raises:
+        CapabilityError: the model cannot write, such as an encoder, or its backend has no such loop.
+        InputError: a patch does not fit.
+        TextError: a prompt leaves no room in the model's context.
+
+    Example:
+        >>> generate("smollm2-135m-instruct", "One two three", n_tokens=5)  # doctest: +SKIP
+    """
+    opened = _open(model)
+    if not hasattr(opened, "generate"):
+        raise CapabilityError(
+            f"{opened.info.name!r} ({type(opened).__name__}) cannot generate; open a decoder with the native backend, "
+            "such as 'smollm2-135m-instruct'."
+        )
+    return opened.generate(
+        make_batch(opened, (), texts, bos, None, chat), n_tokens, patches, temperature=temperature, seed=seed
+    )
 
 
 def result_of(name: str, dataset: xr.Dataset, provenance: Mapping[str, Any], **params: Any) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import click
 
 from probekit import __version__
 from probekit.analysis import Analysis, ParamSpec, analyses, load_file, strongest
-from probekit.core import InputError, ProbekitError
+from probekit.core import Batch, Chat, InputError, ProbekitError
 
 DEMO_FOLDER = Path("reports/demo")
+_SHOWN_TEXTS, _SHOWN_TOKENS = 3, 24
 _OWN, _ALL = "own__", "all__"  # prefixes of click's names for the flags of one analysis and of all
 
 
@@ -120,10 +122,15 @@ def models_command() -> None:
 @cli.command("run", cls=_RunCommand)
 @click.argument("names", nargs=-1, metavar="NAME…")
 @click.option("--model", default=None, help="Name, hub id, folder or .gguf file; the embedded model if left out.")
+@click.option("--backend", help="Who runs a decoder: transformers (the default), transformer_lens or nnsight.")
+@click.option("--dtype", help="Type of the weights, such as bfloat16; as stored if left out.")
+@click.option("--device-map", help='Spread a decoder over devices: auto, balanced, …, or JSON such as {"": "cpu"}.')
 @click.option("--text", multiple=True, help="A text; repeat for several.")
 @click.option("--texts", multiple=True, type=click.Path(path_type=Path), help="A .txt file (one text) or .jsonl file.")
+@click.option("--chat", is_flag=True, help="Make each text (or JSON list of messages) a turn in the chat template.")
+@click.option("--system", help="System message of the chats; implies --chat.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html and the numbers.")
-@click.option("--plan", "only_plan", is_flag=True, help="Print what the run would cost, and stop.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print exact tokens and cost, and stop.")
 @click.option(
     "--bos", type=click.Choice(["model", "always", "never"]), default="model", help="Beginning-of-text token."
 )
@@ -133,8 +140,13 @@ def models_command() -> None:
 def run_command(
     names: tuple[str, ...],
     model: str | None,
+    backend: str | None,
+    dtype: str | None,
+    device_map: str | None,
     text: tuple[str, ...],
     texts: tuple[Path, ...],
+    chat: bool,
+    system: str | None,
     out: Path | None,
     only_plan: bool,
     bos: str,
@@ -149,13 +161,25 @@ def run_command(
     probekit run all --texts essay.txt --out reports/essay
     probekit run logit-lens --text "The capital of France is" --top-k 5 --out reports/france
     """
-    _execute(names, model, _texts(text, texts), out, only_plan, bos, window, memory_gib, gather(parameters))
+    how = {"backend": backend, "dtype": dtype, "device_map": _device_map(device_map)}
+    turns = chat if system is None else system
+    found = _texts(text, texts, chats=turns is not False)
+    _execute(names, model, found, out, only_plan, bos, window, memory_gib, gather(parameters), how, turns)
 
 
-def _texts(given: Sequence[str], files: Sequence[Path]) -> list[str]:
+def _device_map(given: str | None) -> Any:
+    if given is None or not given.lstrip().startswith("{"):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--device-map: not valid JSON ({error.msg} at column {error.colno}).") from None
+
+
+def _texts(given: Sequence[str], files: Sequence[Path], *, chats: bool = False) -> list[str]:
     from probekit.texts import read_texts
 
-    texts = [*given, *(t for file in files for t in read_texts(file))]
+    texts = [*given, *(t for file in files for t in read_texts(file, chats=chats))]
     if not texts:
         raise InputError('No text was given. Use --text "…" or --texts FILE.txt|.jsonl.')
     return texts
@@ -171,6 +195,8 @@ def _execute(
     window: int | None,
     memory_gib: float | None,
     params: dict[str, Any],
+    how: dict[str, Any] | None = None,
+    chat: Chat = False,
 ) -> None:
     """Check everything that can be checked, in the order of what it costs; then run and write."""
     from probekit import api
@@ -189,20 +215,41 @@ def _execute(
             raise InputError(f"Text {i} is empty. Every text needs at least one visible character.")
     common: dict[str, Any] = {
         "bos": bos,
+        "chat": chat,
         "window": window,
         "memory_limit": None if memory_gib is None else int(memory_gib * 2**30),
     }
-    opened = open_model(spec or default_model(), lazy=True)
+    opened = open_model(spec or default_model(), lazy=True, **(how or {}))
     if only_plan:
+        for line in _about_tokens(api.make_batch(opened, api.make_jobs(names, params), texts, bos, window, chat)):
+            click.echo(line)
         for plan in api.plan(names, opened, texts, **common, **params):
             click.echo(str(plan))
         return
     assert out is not None
     results = api.run(list(names), opened, texts, **common, **params)
     report = api.report(results, out)
+    corpus = next(iter(results.values())).provenance["texts"]
+    click.echo(_beginning(corpus.get("beginning_of_sequence", ""), corpus.get("chat_template", "")))
     for finding in strongest(results.findings, 3):
         click.echo(f"• {finding.claim}\n  {finding.evidence}")
     click.echo(f"Report: {report}")
+
+
+def _about_tokens(batch: Batch) -> list[str]:
+    """The exact tokens that would run, as far as a terminal has room for them."""
+    lines = [_beginning(batch.begins, batch.template)]
+    for i, text in enumerate(batch.texts[:_SHOWN_TEXTS]):
+        shown = "  ".join(f"{n} {s!r}" for n, s in zip(text.ids[:_SHOWN_TOKENS], text.strings, strict=False))
+        lines.append(f"text {i:<5}{shown}{f'  … ({len(text)} in all)' if len(text) > _SHOWN_TOKENS else ''}")
+    if len(batch) > _SHOWN_TEXTS:
+        lines.append(f"          … ({len(batch)} texts in all)")
+    return lines
+
+
+def _beginning(begins: str, template: str) -> str:
+    chat = f"\nchat      {template}" if template else ""
+    return f"begins    {begins or 'as the model was given it'}{chat}"
 
 
 @cli.command("demo")

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from probekit.backends.sentence_transformers import SentenceTransformersModel
     from probekit.backends.transformers import TransformersModel
 
+BACKENDS = ("transformers", "transformer_lens", "nnsight")
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _EXPECTED = (
     "Expected a name that `probekit models` lists, a hub id (owner/name), a local folder, a .gguf file, "
-    "a pair (hf_model, tokenizer), or a model that probekit opened."
+    "a pair (hf_model, tokenizer), a TransformerLens bridge, an nnsight model, or a model that probekit opened."
 )
 
 
@@ -28,55 +30,129 @@ def default_model() -> str:
     return catalog.DEFAULT_MODEL
 
 
-def open_model(spec: Any, *, dtype: str | None = None, device: str | None = None, lazy: bool = False) -> Model:
+def open_model(
+    spec: Any,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    lazy: bool = False,
+    backend: str | None = None,
+) -> Model:
     """The model that `spec` stands for, ready to be run.
 
     Args:
         spec: a catalogue name, a hub id (`owner/name` or `owner/name@revision`), a local folder, a
-            .gguf file, a pair of a loaded transformers model and its tokenizer, or an opened model,
-            which is returned unchanged.
+            .gguf file, a pair of a loaded transformers model and its tokenizer, a `TransformerBridge` of
+            TransformerLens, a `TransformersModel` of nnsight, or an opened model, which is returned unchanged.
         dtype: type of the weights, such as "bfloat16"; as stored if None.
         device: where the weights go, such as "cuda:0"; the best there is if None.
+        device_map: spread a decoder over devices: "auto", "balanced", "balanced_low_0" or "sequential", or the device
+            of each part by name, as transformers takes it; in place of `device`.
         lazy: read configuration and tokenizer only; the weights are loaded when they are first needed.
+        backend: who runs a decoder that probekit loads: "transformers" (the default), "transformer_lens" or
+            "nnsight"; the last two come with `pip install 'probekit[compare]'`.
 
     Raises:
         UnknownName: nothing has this name; close matches are suggested.
         ModelNotFound: the path does not exist, the hub has no such model, or a network is out of reach.
         ModelError: what was found is no model, or no model of a kind that probekit can run.
-        InputError: `spec` is of a wrong type.
+        InputError: `spec` is of a wrong type, or options contradict each other.
 
     Example:
         >>> model = open_model("smollm2-135m-instruct")  # doctest: +SKIP
     """
     if dtype is not None and dtype not in _DTYPES:
         raise unknown("dtype", str(dtype), _DTYPES)
+    if backend is not None and backend not in BACKENDS:
+        raise unknown("backend", str(backend), BACKENDS)
     if isinstance(spec, (str, os.PathLike)):
-        model = _open_source(catalog.resolve(spec), dtype, device)
+        _check_device_map(device_map, device, backend)
+        model = _through(backend, _open_source(catalog.resolve(spec), dtype, device, device_map))
         return model if lazy else model.load()
-    if dtype is not None or device is not None:
-        raise InputError("dtype and device apply to models that probekit loads; this one is loaded already.")
+    if dtype is not None or device is not None or device_map is not None:
+        raise InputError(
+            "dtype, device and device_map apply to models that probekit loads; this one is loaded already."
+        )
     if isinstance(spec, tuple):
-        pair = _open_pair(spec)
+        pair = _through(backend, _open_pair(spec))
         return pair if lazy else pair.load()
+    wrapped = _wrapped_elsewhere(spec, backend)
+    if wrapped is not None:
+        return wrapped if lazy else wrapped.load()
     if all(hasattr(spec, name) for name in ("info", "tokenize", "decode", "provenance", "execute")):
+        if backend is not None:
+            raise InputError("backend applies to models that probekit loads or wraps; this one is opened already.")
         return cast(Model, spec)
     if _is_torch_model(spec):
         raise InputError(f"Found a model ({type(spec).__name__}) without tokenizer. Give the pair (model, tokenizer).")
     raise InputError(f"Found {type(spec).__name__} {str(spec)[:60]!r} where a model is needed. {_EXPECTED}")
 
 
+def _check_device_map(device_map: Any, device: str | None, backend: str | None) -> None:
+    if device_map is None:
+        return
+    if device is not None:
+        raise InputError(f"Found device={device!r} and device_map={device_map!r}; give one of them.")
+    if backend not in (None, "transformers"):
+        raise InputError(f"device_map works with the transformers backend; found backend={backend!r}.")
+    if isinstance(device_map, str):
+        if device_map not in _DEVICE_MAPS:
+            raise unknown("device_map", device_map, _DEVICE_MAPS)
+    elif not isinstance(device_map, Mapping) or not device_map:
+        raise InputError(
+            f"Found the device_map {device_map!r}; expected one of {', '.join(_DEVICE_MAPS)}, or a mapping of parts to "
+            'devices such as {"model.layers.0": 0, …}.'
+        )
+
+
+def _through(backend: str | None, model: Any) -> Any:
+    """The same model, run by another library; its weights are shared."""
+    if backend in (None, "transformers"):
+        return model
+    if model.info.kind != "decoder":
+        raise InputError(f"backend={backend!r} runs decoders; {model.info.name!r} is an {model.info.kind}.")
+    if backend == "nnsight":
+        from probekit.backends.nnsight import NnsightModel
+
+        return NnsightModel.from_model(model)
+    from probekit.backends.transformer_lens import TransformerLensModel
+
+    return TransformerLensModel.from_model(model)
+
+
+def _wrapped_elsewhere(spec: Any, backend: str | None) -> Any:
+    """A model that the caller holds in another library's wrapping; None if it is no such model."""
+    libraries = {c.__module__.partition(".")[0] for c in type(spec).__mro__} & {"nnsight", "transformer_lens"}
+    if not libraries:
+        return None
+    (library,) = libraries
+    if backend not in (None, library):
+        raise InputError(f"Found a model of {library} and backend={backend!r}; leave backend out, or say {library!r}.")
+    if library == "nnsight":
+        from probekit.backends.nnsight import NnsightModel
+
+        return NnsightModel.from_nnsight(spec)
+    from probekit.backends.transformer_lens import TransformerLensModel
+
+    return TransformerLensModel.from_bridge(spec)
+
+
 def _open_source(
-    source: Source, dtype: str | None, device: str | None
+    source: Source, dtype: str | None, device: str | None, device_map: str | Mapping[str, int | str] | None
 ) -> TransformersModel | SentenceTransformersModel:
     folder, source = _model_folder(source)
     name, revision = source.name, source.revision
     if source.kind == "encoder":
+        if device_map is not None:
+            raise InputError(f"device_map spreads decoders; {name!r} is an encoder. Use device.")
         from probekit.backends.sentence_transformers import SentenceTransformersModel
 
         return SentenceTransformersModel.from_folder(folder, name=name, revision=revision, dtype=dtype, device=device)
     from probekit.backends.transformers import TransformersModel
 
-    return TransformersModel.from_folder(folder, name=name, revision=revision, dtype=dtype, device=device)
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    return TransformersModel.from_folder(folder, name=name, revision=revision, dtype=dtype, device=device, **options)
 
 
 def _model_folder(source: Source) -> tuple[Path, Source]:

@@ -101,3 +101,49 @@ def token_mean(values: np.ndarray, texts: np.ndarray, pos: np.ndarray, weights: 
     weight = np.isfinite(values) * (1.0 if weights is None else weights)
     sums = np.bincount(unit, np.nan_to_num(values) * weight)
     return ratio(sums, np.bincount(unit, weight), name)
+
+
+def held_out_best(values: np.ndarray) -> tuple[int, np.ndarray]:
+    """The place with the largest mean over units, and each unit's value at the place that the other units choose.
+
+    Choosing a maximum flatters it; the values at places chosen without the unit itself are not flattered. A single
+    unit has no others: its value is then its own maximum.
+
+    Args:
+        values: axes unit, place; NaN where undefined.
+
+    Returns:
+        The place that all units choose, and the held-out values, axis unit (NaN for units without any value).
+    """
+    known = np.isfinite(values)
+    filled = np.where(known, values, 0.0)
+    total, count = filled.sum(axis=0), known.sum(axis=0)
+    best = _argmax_mean(total, count)
+    held = np.full(len(values), np.nan)
+    for i in np.flatnonzero(known.any(axis=1)):
+        others = (total - filled[i], count - known[i])
+        place = _argmax_mean(*others) if others[1].any() else best
+        held[i] = values[i, place]
+    return best, held
+
+
+def _argmax_mean(total: np.ndarray, count: np.ndarray) -> int:
+    return int(np.where(count > 0, total / np.maximum(count, 1), -np.inf).argmax())
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN with fewer than three pairs or no spread.
+
+    Args:
+        x: numbers; pairs with NaN are left out.
+        y: as many.
+    """
+    from scipy.stats import rankdata
+
+    both = np.isfinite(x) & np.isfinite(y)
+    if both.sum() < 3:
+        return float("nan")
+    a, b = rankdata(x[both]), rankdata(y[both])
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])

@@ -8,11 +8,13 @@ from pathlib import Path
 from probekit.core import InputError, TextError
 
 
-def read_texts(path: str | Path) -> list[str]:
+def read_texts(path: str | Path, *, chats: bool = False) -> list[str]:
     """The texts of a file.
 
     Args:
         path: a .txt file (one text) or a .jsonl file (an object with a string `text` on each line).
+        chats: whether a line may have `messages` in place of `text`: a list of objects with `role` and `content`,
+            which becomes a text that spells this list in JSON.
 
     Raises:
         InputError: the file does not exist, is of another kind, is not UTF-8, or has a malformed line, which is named.
@@ -34,15 +36,21 @@ def read_texts(path: str | Path) -> list[str]:
     if path.suffix == ".txt":
         return [content]
     lines = enumerate(content.splitlines(), start=1)
-    return [_text_of(path, number, line) for number, line in lines if line.strip()]
+    return [_text_of(path, number, line, chats) for number, line in lines if line.strip()]
 
 
-def _text_of(path: Path, number: int, line: str) -> str:
+def _text_of(path: Path, number: int, line: str, chats: bool) -> str:
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from None
+    if isinstance(record, dict) and isinstance(record.get("messages"), list) and "text" not in record:
+        if not chats:
+            raise InputError(
+                f"{where}: found 'messages' in place of 'text'; they are read with a chat template (chat)."
+            )
+        return json.dumps(record["messages"], ensure_ascii=False)
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise InputError(f"{where}: expected an object with a string 'text', found {line.strip()[:60]!r}.")
     if not record["text"].strip():

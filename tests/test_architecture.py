@@ -41,12 +41,14 @@ PARTS: dict[str, May] = {
     "backends":    May("core reduce"),
     "analysis":    May("core",                                     "plots reporting phenomena"),  # types; discovery
     "engine":      May("core reduce analysis _version"),
-    "phenomena":   May("core reduce plots stats analysis"),        # and never one another
+    "sweeps":      May("core reduce stats"),
+    "phenomena":   May("core reduce plots stats sweeps analysis"), # and never one another
     "reporting":   May("core analysis plots"),
+    "activation_cache": May("core reduce engine",                  "models"),
     "models":      May("core catalog",                             "backends"),
     "api":         May("core analysis engine",                     "models catalog reporting"),
     "cli":         May("__init__ core analysis api catalog demo models texts reporting"),
-    "__init__":    May("_version",                                 "core analysis api models demo"),
+    "__init__":    May("_version",                                 "core analysis api models demo activation_cache"),
     "__main__":    May("cli"),
     "_version":    May(),
 }
@@ -69,7 +71,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "conftest":              (),
 }
 # These are slow to import: even where they may be named, the parts below do so lazily.
-LAZY_LIBRARIES = {"plotly": "plots", "torch": "reduce/base reduce/rows reduce/attention reduce/readout"}
+LAZY_LIBRARIES = {
+    "plotly": "plots", "torch": "reduce/base reduce/rows reduce/attention reduce/readout",
+    "transformer_lens": "backends/transformer_lens",
+}
 # fmt: on
 HEAVY = ("torch", "transformers", "sentence_transformers", "plotly", "streamlit", "scipy", "zarr")
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from probekit.core import ModelInfo, Request, Trace, check_axes
+from probekit.core import Batch, ModelInfo, Request, Trace, check_axes
 
 from .finding import Finding
 from .params import Params
@@ -69,6 +69,17 @@ class Analysis:
     def min_tokens(self, params: Any) -> int:
         """The shortest text, in tokens, on which this analysis means something."""
         return 2
+
+    def check_texts(self, params: Any, batch: Batch) -> None:
+        """Refuse, before anything runs, texts that this analysis cannot read, such as an odd one among pairs.
+
+        Raises:
+            TextError: says which text, what was found and what was expected.
+        """
+
+    def passes(self, params: Any, info: ModelInfo, batch: Batch) -> int:
+        """About how many passes the conversation takes, for plans and progress bars."""
+        return 1
 
     def observe(self, params: Any, info: ModelInfo) -> Request:
         """What to look at: the request for the only pass."""

@@ -9,19 +9,33 @@ the residual streams it held and hands out one `Partial` per capture.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from probekit.core import SITES, Batch, CapabilityError, Forward, InputError, ModelInfo, Patch, Progress
-from probekit.reduce import Partial, Recorder, Reducer, Rows
+from probekit.core import (
+    SITES,
+    Batch,
+    CapabilityError,
+    Forward,
+    InputError,
+    ModelInfo,
+    Patch,
+    Point,
+    Progress,
+    check_patch,
+)
+from probekit.reduce import AtPosition, NextToken, Partial, Recorder, Reducer, Rows
 from probekit.reduce.attention_blocks import AttentionBlock
+from probekit.reduce.base import rows_at
 from probekit.reduce.unembed import Unembed
 from probekit.reduce.vocab_rows import project, stream_readout
 from probekit.reduce.vocab_tiles import stream_readout_tiles
 
-from .edits import Cut, apply_edit, check_patch, cut_of
+from .direct import show_directions
+from .edits import Cut, apply_edit, cut_of
 
 Tap = Callable[[Tensor], Tensor | None]  # axes text, position, then the site's own
 # The readout has a final norm of its own and the middle norm may read a copy: changes there would be lost.
@@ -51,6 +65,7 @@ class CapturePass:
         batch: the texts.
         progress: is told the work done, in GFLOP.
         device: where the model reads its ids.
+        reorders: whether the backend runs blocks in the order that `order` gives.
 
     Raises:
         CapabilityError: a point that this model lacks, a change where none is possible, or attention
@@ -59,7 +74,14 @@ class CapturePass:
     """
 
     def __init__(
-        self, model: Tapped, request: Forward, batch: Batch, progress: Progress | None, device: torch.device
+        self,
+        model: Tapped,
+        request: Forward,
+        batch: Batch,
+        progress: Progress | None,
+        device: torch.device,
+        *,
+        reorders: bool = False,
     ) -> None:
         self.model, self.request, self.batch, self.progress = model, request, batch, progress
         self.info = model.info
@@ -67,6 +89,8 @@ class CapturePass:
             Recorder(_reducer(c.reducer), c.point, self.info.require(c.point), batch.lengths) for c in request.captures
         ]
         self.attention = [r for r in self.recorders if r.reducer.reads == "attention"]
+        self.direct = [r for r in self.recorders if r.reducer.reads == "direct"]
+        self._check_order(reorders)
         self.cuts: dict[int, Cut] = {}
         self._edits: dict[tuple[str, int], list[Patch]] = {}
         for patch in request.patches:
@@ -77,6 +101,7 @@ class CapturePass:
             self.cuts[layer] = cut
         self._check_gradient()
         self.residuals: dict[int, Tensor] = {}
+        self._held: dict[tuple[str, int], Tensor] = {}
         self._tracked: list[tuple[Recorder, int, Tensor]] = []
         self._pad(device)
 
@@ -90,18 +115,46 @@ class CapturePass:
         for layer in layers:
             self._edits.setdefault((site, layer), []).append(patch)
 
+    def _check_order(self, reorders: bool) -> None:
+        order, n = self.request.order, self.info.n_layers
+        if order is None:
+            return
+        if not reorders:
+            raise CapabilityError(
+                "This backend runs blocks in their own order only; open the model with the transformers backend to "
+                "swap blocks."
+            )
+        if len(order) != n or not all(0 <= block < n for block in order):
+            raise InputError(f"An order names a block, 0 to {n - 1}, for each of {n} places; found {list(order)}.")
+
     def _check_gradient(self) -> None:
         metric = self.request.gradient_of
         if metric is None:
             return
-        if self.attention or self.cuts or any(r.reducer.reads == "vocab" for r in self.recorders):
+        logits = any(r.point.site == "logits" for r in self.recorders)
+        if self.attention or self.cuts or logits or any(
+            r.reducer.reads in ("vocab", "direct") for r in self.recorders
+        ):
             raise CapabilityError(
                 "Gradients are seen at points with rows of numbers (residual streams, outputs, q, k, v, z); "
-                "ask for attention statistics, lenses and knock-outs in a request without gradient_of."
+                "ask for attention statistics, lenses, logits and knock-outs in a request without gradient_of."
             )
-        expected = len(self.batch if self.request.texts is None else self.request.texts)
-        if len(metric.plus) < expected:
-            raise InputError(f"The logit difference names {len(metric.plus)} texts; the request has {expected}.")
+        places = self._places_in_request()
+        if len(metric.plus) <= max(places):
+            raise InputError(
+                f"The logit difference names ids for {len(metric.plus)} texts; text {max(places)} has none."
+            )
+        for i, n in zip(places, self.batch.lengths, strict=True):
+            if not -n <= metric.position < n:
+                raise InputError(
+                    f"The logit difference is read at position {metric.position}; text {i} has {n} tokens."
+                )
+            for name, token in (("plus", metric.plus[i]), ("minus", metric.minus[i])):
+                if not -1 <= token < self.info.d_vocab:
+                    raise InputError(
+                        f"The logit difference has {name}={token} for text {i}; the vocabulary has {self.info.d_vocab} "
+                        "entries (-1 for none)."
+                    )
 
     def _pad(self, device: torch.device) -> None:
         longest = max(self.batch.lengths)
@@ -135,6 +188,9 @@ class CapturePass:
             if recorder.reducer.reads == "rows" and recorder.point.site != "logits":
                 for layer in recorder.layers:
                     taps.setdefault((recorder.point.site, layer), []).append(self._show(recorder, layer))
+        for site, layer in dict.fromkeys((r.point.site, layer) for r in self.direct for layer in r.layers):
+            if site != "logits":
+                taps.setdefault((site, layer), []).append(self._hold_for_direct(site, layer))
         for layer in self._held_layers():
             taps.setdefault(("resid_post", layer), []).append(self._hold(layer))
         if self.progress is not None:
@@ -167,6 +223,12 @@ class CapturePass:
 
         return hold
 
+    def _hold_for_direct(self, site: str, layer: int) -> Tap:
+        def hold(values: Tensor) -> None:
+            self._held[site, layer] = self.pack(values)
+
+        return hold
+
     def _tell(self, work: float) -> Tap:
         def tell(_: Tensor) -> None:
             if self.progress is not None:
@@ -178,7 +240,7 @@ class CapturePass:
         """Blocks whose output is needed after the run."""
         vocab = [r for r in self.recorders if r.reducer.reads == "vocab"]
         layers = {layer for r in vocab if r.point.site == "resid_post" for layer in r.layers}
-        if vocab or self.request.gradient_of or any(r.point.site == "logits" for r in self.recorders):
+        if vocab or self.direct or self.request.gradient_of or any(r.point.site == "logits" for r in self.recorders):
             layers.add(self.info.n_layers - 1)
         return sorted(layers)
 
@@ -187,31 +249,50 @@ class CapturePass:
         if self.request.gradient_of is not None:
             self._differentiate()
         with torch.no_grad():
+            self._gather()
             self._readout()
         for recorder in self.recorders:
             recorder.leave()
         return [r.close(self.batch.index) for r in self.recorders]
 
+    @cached_property
+    def _unembed(self) -> Unembed:
+        return self.model.unembed
+
+    def _gather(self) -> None:
+        """Bring what the lens reads to the unembedding, where blocks are spread over devices."""
+        if self.residuals:
+            home = self._unembed.weight.device
+            self.residuals = {layer: rows.to(home) for layer, rows in self.residuals.items()}
+            self._held = {place: rows.to(home) for place, rows in self._held.items()}
+
     def _differentiate(self) -> None:
-        metric, unembed = self.request.gradient_of, self.model.unembed
+        metric, unembed = self.request.gradient_of, self._unembed
         assert metric is not None
         last = self.residuals[self.info.n_layers - 1]
         starts = [sum(self.batch.lengths[:i]) for i in range(len(self.batch))]
         at = [s + metric.position % n for s, n in zip(starts, self.batch.lengths, strict=True)]
-        normed = unembed.norm(last[at]).to(unembed.weight.dtype)
-        total = normed.new_zeros((), dtype=torch.float32)
+        # Where the final norm is watched itself, what follows has to read the very tensor that was shown.
+        shown = [values for recorder, _, values in self._tracked if recorder.point.site == "final_norm"]
+        normed = (self.pack(shown[-1])[at] if shown else unembed.norm(last[at])).to(unembed.weight)
+        exact = torch.promote_types(normed.dtype, torch.float32)
+        total = normed.new_zeros((), dtype=exact)
         places = self._places_in_request()
         for sign, ids in ((1.0, metric.plus), (-1.0, metric.minus)):
             wanted = torch.tensor([ids[i] for i in places], device=normed.device)
-            logits = (normed * unembed.weight[wanted.clamp(min=0)]).sum(-1).float()
+            logits = (normed * unembed.weight[wanted.clamp(min=0)]).sum(-1).to(exact)
             if unembed.bias is not None:
-                logits = logits + unembed.bias[wanted.clamp(min=0)].float()
+                logits = logits + unembed.bias[wanted.clamp(min=0)].to(exact)
             total = total + sign * (unembed.finish(logits) * (wanted >= 0)).sum()
         tensors = [values for _, _, values in self._tracked]
         gradients = torch.autograd.grad(total, tensors, allow_unused=True)
-        for (recorder, layer, values), gradient in zip(self._tracked, gradients, strict=True):
-            found = torch.zeros_like(values) if gradient is None else gradient
-            recorder.rows(layer, Rows(self.pack(found.detach()), self.batch.lengths))
+        for (recorder, layer, _), gradient in zip(self._tracked, gradients, strict=True):
+            if gradient is None:
+                raise CapabilityError(
+                    f"The model shows {recorder.point} in layer {layer} but does not read it again, so there is no "
+                    "gradient with respect to it. Ask for another point."
+                )
+            recorder.rows(layer, Rows(self.pack(gradient.detach()), self.batch.lengths))
 
     def _places_in_request(self) -> list[int]:
         """For each text of this micro-batch, its place among the texts of the request."""
@@ -221,25 +302,46 @@ class CapturePass:
         return [place[i] for i in self.batch.index]
 
     def _readout(self) -> None:
-        last, unembed = self.info.n_layers - 1, self.model.unembed
+        last, unembed = self.info.n_layers - 1, self._unembed
         for recorder in self.recorders:
             if recorder.point.site == "logits" and recorder.reducer.reads == "rows":
-                rows = self.residuals[last]
+                rows, only = self.residuals[last], None
+                if isinstance(recorder.reducer, AtPosition):
+                    only = recorder.reducer.position
+                    rows = rows[rows_at(only, self.batch.lengths)]
                 logits = rows.new_empty((len(rows), self.info.d_vocab), dtype=torch.float32)
-                recorder.rows(0, Rows(project(rows, unembed, logits), self.batch.lengths))
-        vocab = [r for r in self.recorders if r.reducer.reads == "vocab"]
-        if not vocab:
+                recorder.rows(0, Rows(project(rows, unembed, logits), self.batch.lengths, only))
+        lens = [r for r in self.recorders if r.reducer.reads == "vocab" and r.point.site == "resid_post"]
+        own = [r for r in self.recorders if r.reducer.reads == "vocab" and r.point.site == "logits"]
+        likeliest = Recorder(NextToken(2), Point("logits"), (0,), self.batch.lengths) if self.direct else None
+        own += [likeliest] if likeliest else []
+        against = self.request.against
+        if against is None:
+            self._stream(self.residuals, last, lens, own)
+        else:
+            # The other run's final rows stand in the place of an own last layer, and the own one is like any other.
+            rows = torch.as_tensor(against.of(self.batch)).to(self.residuals[last]) if lens else self.residuals[last]
+            self._stream(self.residuals | {-1: rows}, -1, lens, [])
+            self._stream(self.residuals, last, [], own)
+        if likeliest:
+            ids = likeliest.recorded("top_id")[0].cpu().numpy()
+            show_directions(self.direct, self._held, self.residuals[last], ids, unembed, self.batch)
+
+    def _stream(
+        self, residuals: dict[int, Tensor], last: int, lens: Sequence[Recorder], own: Sequence[Recorder]
+    ) -> None:
+        if not (lens or own):
             return
-        row_work, tell = 2e-9 * self.info.d_model * self.info.d_vocab, self.progress
-        on_cpu = self.residuals[last].device.type == "cpu"
-        (stream_readout if on_cpu else stream_readout_tiles)(
-            self.residuals,
+        rows, tell = residuals[last], self.progress
+        row_work = 2e-9 * self.info.d_model * self.info.d_vocab
+        (stream_readout if rows.device.type == "cpu" else stream_readout_tiles)(
+            residuals,
             last,
-            torch.as_tensor(self.batch.next_ids, device=self.residuals[last].device),
-            unembed,
-            [r for r in vocab if r.point.site == "resid_post"],
-            [r for r in vocab if r.point.site == "logits"],
-            None if tell is None else (lambda rows: tell(row_work * rows)),
+            torch.as_tensor(self.batch.next_ids, device=rows.device),
+            self._unembed,
+            lens,
+            own,
+            None if tell is None else (lambda n_rows: tell(row_work * n_rows)),
         )
 
 

@@ -65,8 +65,8 @@ class ReplayModel:
         Raises:
             CapabilityError: the trace holds another text, no such capture, or no pass with these patches.
         """
-        if not isinstance(request, Forward) or request.patches:
-            raise CapabilityError("A replayed trace serves Forward requests without patches.")
+        if not isinstance(request, Forward) or request.patches or request.order or request.against:
+            raise CapabilityError("A replayed trace serves Forward requests without patches, order and reference.")
         stored = dict(zip(self.batch.index, self.batch.texts, strict=True))
         for index, text in zip(batch.index, batch.texts, strict=True):
             if index not in stored or stored[index].ids != text.ids:

@@ -25,6 +25,8 @@ from probekit.reduce import Partial, Recorder, Reducer, Rows
 from probekit.reduce.attention_blocks import AttentionBlock
 from probekit.reduce.vocab_rows import project, stream_readout
 
+from .direct import show_directions
+
 
 @dataclass(frozen=True)
 class Script:
@@ -90,7 +92,7 @@ class ScriptedModel:
             context_length=None,
             dtype="float32",
             device="cpu",
-            sites=frozenset({"resid_pre", "resid_post", "pattern", "logits"}),
+            sites=frozenset({"resid_pre", "attn_out", "mlp_out", "resid_post", "pattern", "logits"}),
             **sizes,
         )
 
@@ -135,8 +137,10 @@ class ScriptedModel:
         Raises:
             CapabilityError: the request is no `Forward`, has patches, or wants a point that no script holds.
         """
-        if not isinstance(request, Forward) or request.patches:
-            raise CapabilityError("A scripted model serves Forward requests without patches: it has no computation.")
+        if not isinstance(request, Forward) or request.patches or request.order or request.against:
+            raise CapabilityError(
+                "A scripted model serves Forward requests without patches, order and reference: it has no computation."
+            )
         parts = [self._one(request, batch.select([i]), progress) for i in range(len(batch))]
         return [Partial.merge([p[i] for p in parts]) for i in range(len(request.captures))]
 
@@ -156,9 +160,8 @@ class ScriptedModel:
                 logits = torch.empty(len(resid[last]), self.info.d_vocab)
                 recorder.rows(0, Rows(project(resid[last], self, logits), batch.lengths))
             elif reads == "rows":
-                before = torch.cat([torch.zeros_like(resid[:1]), resid[:-1]])
                 for layer in recorder.layers:
-                    recorder.rows(layer, Rows((before if site == "resid_pre" else resid)[layer], batch.lengths))
+                    recorder.rows(layer, Rows(_at(site, resid)[layer], batch.lengths))
         vocab = [r for r in recorders if r.reducer.reads == "vocab"]
         if vocab:
             stream_readout(
@@ -169,6 +172,11 @@ class ScriptedModel:
                 [r for r in vocab if r.point.site == "resid_post"],
                 [r for r in vocab if r.point.site == "logits"],
             )
+        direct = [r for r in recorders if r.reducer.reads == "direct"]
+        if direct:
+            logits = project(resid[last], self, torch.empty(len(resid[last]), self.info.d_vocab))
+            held = {(r.point.site, i): _at(r.point.site, resid)[i] for r in direct for i in r.layers}
+            show_directions(direct, held, resid[last], logits.topk(2).indices.numpy(), self, batch)
         if progress is not None:
             progress(0.0)
         return [r.close(batch.index) for r in recorders]
@@ -185,6 +193,14 @@ class ScriptedModel:
     def with_block(self, block: int) -> ScriptedModel:
         """The same model, showing attention in blocks of another size."""
         return ScriptedModel(self._play, unembedding=self.weight.numpy(), block=block, **_sizes(self.info))
+
+
+def _at(site: str, resid: torch.Tensor) -> torch.Tensor:
+    """Activations at a site; axes layer, token, d_model. The stream starts from zero, and only attention writes."""
+    before = torch.cat([torch.zeros_like(resid[:1]), resid[:-1]])
+    if site == "mlp_out":
+        return torch.zeros_like(resid)
+    return {"resid_pre": before, "attn_out": resid - before}.get(site, resid)
 
 
 def _sizes(info: ModelInfo) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The vocabulary: points, axes, texts, requests, traces, the model protocol, errors. Knows no model library."""
 
 from .axes import AXES, check_axes
-from .edits import Add, Edit, KnockOut, Patch, ProjectOut, Replace, Scale, Values
+from .edits import Add, Edit, KnockOut, Patch, ProjectOut, Replace, Scale, Values, check_patch
 from .errors import (
     CapabilityError,
     ChecksumError,
@@ -16,10 +16,11 @@ from .errors import (
     UnknownName,
     unknown,
 )
+from .generated import Generated
 from .model import Model, ModelInfo, Progress
 from .points import SITES, Point, Site
-from .requests import Capture, Embed, Forward, LogitDifference, ReducerSpec, Request
-from .text import Batch, BosPolicy, TokenText
+from .requests import Capture, Embed, Forward, LogitDifference, ReducerSpec, Reference, Request
+from .text import Batch, BosPolicy, Chat, TokenText
 from .trace import Trace, token_coords
 
 __all__ = [
@@ -30,10 +31,12 @@ __all__ = [
     "BosPolicy",
     "CapabilityError",
     "Capture",
+    "Chat",
     "ChecksumError",
     "Edit",
     "Embed",
     "Forward",
+    "Generated",
     "InputError",
     "KnockOut",
     "LogitDifference",
@@ -48,6 +51,7 @@ __all__ = [
     "Progress",
     "ProjectOut",
     "ReducerSpec",
+    "Reference",
     "Replace",
     "Request",
     "Scale",
@@ -60,6 +64,7 @@ __all__ = [
     "UnknownName",
     "Values",
     "check_axes",
+    "check_patch",
     "token_coords",
     "unknown",
 ]

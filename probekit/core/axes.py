@@ -20,6 +20,7 @@ AXES: dict[str, str] = {
     "case": "setting of a comparison",
     "bin": "interval of a binned quantity; the coordinate is its middle",
     "threshold": "value of a parameter that was swept",
+    "dose": "strength of an intervention, signed, in the unit that the analysis states",
 }
 
 

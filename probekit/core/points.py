@@ -6,6 +6,11 @@ a layer (`resid_post`) a layered site means every layer. TransformerLens spellin
 to the same points. `attn_out` and `mlp_out` are the raw outputs of the sub-layers, before a
 post-norm where a model has one (nnterp's convention; TransformerLens' block-level
 `hook_attn_out` is the contribution after it, and the two differ on sandwich-norm models).
+
+`router` is the softmax, in float32, over the logits of all experts, before the top-k cut; the experts
+that run are its top-k in every family. The weights they run with differ: Mixtral, gpt-oss (a softmax
+over the chosen logits, which comes to the same), and Qwen-MoE and OLMoE with `norm_topk_prob`, divide
+the chosen probabilities by their sum; Qwen-MoE and OLMoE without it take them as they are. A bias of the router, as in gpt-oss, is part of its logits.
 """
 
 from __future__ import annotations
@@ -120,9 +125,14 @@ class Point:
         """
         if isinstance(spelling, Point):
             return spelling
-        if isinstance(spelling, tuple):
+        if isinstance(spelling, tuple) and len(spelling) == 2:
             site, layer = spelling
             return cls(cls.of(site).site, int(layer))
+        if not isinstance(spelling, str):
+            raise InputError(
+                f"Found {spelling!r} where a point is needed; expected 'resid_post.3', ('resid_post', 3), or the way "
+                "TransformerLens or nnterp spell it."
+            )
         if spelling in SITES:
             return cls(spelling)
         site, _, number = spelling.rpartition(".")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from .edits import Patch
+import numpy as np
+
+from .edits import Patch, Values
 from .errors import InputError
 from .points import Point
+
+if TYPE_CHECKING:
+    from .text import Batch
 
 
 @runtime_checkable
@@ -67,6 +72,47 @@ class LogitDifference:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Another run's residual stream leaving the last block, from which its next-token distributions follow.
+
+    Args:
+        rows: axes token, d_model; texts laid end to end.
+        index: corpus index of each text.
+        lengths: tokens of each text.
+
+    Raises:
+        InputError: the rows are not as many as the texts have tokens.
+    """
+
+    rows: Values
+    index: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        shape, n = self.rows.array.shape, sum(self.lengths)
+        if len(shape) != 2 or shape[0] != n or len(self.index) != len(self.lengths):
+            raise InputError(
+                f"A reference for {len(self.index)} texts of {n} tokens has rows of shape {shape}; expected one row "
+                "per token, and as many lengths as texts."
+            )
+
+    def of(self, batch: Batch) -> np.ndarray:
+        """The rows of some of the texts, in the order of `batch`; axes token, d_model.
+
+        Raises:
+            InputError: a text is not part of the reference, or has another length there.
+        """
+        ends = np.cumsum(self.lengths)
+        places = {text: slice(end - n, end) for text, end, n in zip(self.index, ends, self.lengths, strict=True)}
+        for text, n in zip(batch.index, batch.lengths, strict=True):
+            found = places.get(text)
+            if found is None or found.stop - found.start != n:
+                what = "is not part of it" if found is None else f"has {found.stop - found.start} there"
+                raise InputError(f"Text {text} of {n} tokens cannot be compared with the reference: it {what}.")
+        return np.concatenate([self.rows.array[places[text]] for text in batch.index])
+
+
+@dataclass(frozen=True)
 class Forward:
     """One forward pass over every text.
 
@@ -77,6 +123,12 @@ class Forward:
         texts: corpus indices of the texts that run; None for all.
         gradient_of: if given, captures see the gradient of this number with respect to the
             activation at their point, instead of the activation.
+        order: the block that runs in each place, such as (0, 2, 1, 3) for two that are swapped; None for their own
+            order. `resid_pre`, `resid_mid` and `resid_post` belong to the place, points inside a block to the block.
+        rows: instead of `texts`: the corpus index of the text in each row of the pass. A text may run in several rows,
+            each under its own patches; patches and results then count rows, not texts.
+        against: if given, readouts at `resid_post` compare with this run's final distribution (`kl_nats` is
+            KL(reference ‖ layer), at the last layer too) instead of their own.
     """
 
     captures: tuple[Capture, ...]
@@ -84,11 +136,18 @@ class Forward:
     model: str = "model"
     texts: tuple[int, ...] | None = None
     gradient_of: LogitDifference | None = None
+    order: tuple[int, ...] | None = None
+    against: Reference | None = None
+    rows: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.texts is not None:
+            raise InputError("A request names the texts that run, or the text of each row; found both.")
 
     @property
     def pass_key(self) -> tuple[object, ...]:
         """Requests with the same key can share one pass."""
-        return self.model, self.patches, self.texts, self.gradient_of
+        return self.model, self.patches, self.texts, self.gradient_of, self.order, self.against, self.rows
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 BosPolicy = Literal["model", "always", "never"]
+Chat = bool | str  # whether texts are user turns of a chat; a string is the system message
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,15 @@ class Batch:
         bos: whether a beginning-of-sequence token was added: as the tokenizer does it by default
             ("model"), "always" or "never".
         index: the place of each text in the corpus this batch was cut from.
+        begins: whether texts begin with a beginning-of-sequence token, in words; "" if nobody looked.
+        template: the chat template that was applied, in words; "" if none was.
     """
 
     texts: tuple[TokenText, ...]
     bos: BosPolicy = "model"
     index: tuple[int, ...] = field(default=())
+    begins: str = ""
+    template: str = ""
 
     def __post_init__(self) -> None:
         if not self.index:
@@ -100,7 +105,8 @@ class Batch:
 
     def select(self, which: Sequence[int]) -> Batch:
         """The batch of some of these texts, which keep their corpus index."""
-        return Batch(tuple(self.texts[i] for i in which), self.bos, tuple(self.index[i] for i in which))
+        texts, index = tuple(self.texts[i] for i in which), tuple(self.index[i] for i in which)
+        return replace(self, texts=texts, index=index)
 
     def windows(self, size: int) -> Batch:
         """Each text cut into consecutive windows of exactly `size` tokens; shorter rests are dropped."""
@@ -109,7 +115,7 @@ class Batch:
             for t in self.texts
             for a in range(0, len(t) - size + 1, size)
         ]
-        return Batch(tuple(cut), self.bos)
+        return Batch(tuple(cut), self.bos, begins=self.begins, template=self.template)
 
     @cached_property
     def digest(self) -> str:

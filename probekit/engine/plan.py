@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from probekit.core import SITES, Batch, CapabilityError, Forward, ModelInfo, PlanError
-from probekit.reduce import Reducer
+from probekit.core import SITES, Batch, CapabilityError, Forward, InputError, ModelInfo, PlanError, check_patch
+from probekit.reduce import AtPosition, Reducer
 from probekit.reduce.sizes import BLOCK, ROWS, TOKENS
 
 BATCH_TOKENS = 1024  # padded tokens that run together; more gain nothing on a CPU
@@ -32,6 +32,7 @@ class Plan:
         available_bytes: the memory that the plan was held against.
         gflop_forward: arithmetic of the model's own pass.
         gflop_readout: arithmetic of the readouts (logit lens).
+        passes: how many passes there are in all; in a result, how many were alike.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Plan:
     available_bytes: int
     gflop_forward: float
     gflop_readout: float
+    passes: int = 1
 
     @property
     def gflop(self) -> float:
@@ -55,12 +57,14 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
+        passes = "one pass" if self.passes == 1 else f"the first of about {self.passes:,} passes"
+        rest = "" if self.passes == 1 else f"; all passes up to {self.passes * self.gflop_forward:,.0f} GFLOP"
         lines = [
             f"model     {self.model}",
-            f"texts     {self.n_texts} with {self.n_tokens:,} tokens, in {len(self.batches)} batches, one pass",
+            f"texts     {self.n_texts} with {self.n_tokens:,} tokens, in {len(self.batches)} batches, {passes}",
             f"memory    {human(self.peak_bytes)} above the loaded model, "
             f"{human(self.result_bytes)} of it results; {human(self.available_bytes)} available",
-            f"work      {self.gflop_forward:,.0f} GFLOP model + {self.gflop_readout:,.0f} GFLOP readout",
+            f"work      {self.gflop_forward:,.0f} GFLOP model + {self.gflop_readout:,.0f} GFLOP readout{rest}",
             "captures  " + "\n          ".join(self.captures),
         ]
         return "\n".join(lines)
@@ -91,10 +95,18 @@ def make_plan(request: Forward, batch: Batch, info: ModelInfo, memory_limit: int
     for capture in request.captures:
         info.require(capture.point)
         _check_readable(capture.point.site, _reducer(capture))
+        if len(batch) > 1 and any("query" in field.dims for field in _reducer(capture).fields().values()):
+            raise InputError(f"{capture.key} keeps whole maps, of one text at a time; found {len(batch)} texts.")
     for patch in request.patches:
         info.require(patch.point)
+        check_patch(patch, info, batch)
+        if patch.texts is not None and not set(patch.texts) & set(batch.index):
+            raise InputError(
+                f"The patch at {patch.point} is for the texts {list(patch.texts)}, and none of them runs; "
+                f"there are {len(batch)} texts, numbered {min(batch.index)} to {max(batch.index)}."
+            )
     available = memory_limit if memory_limit is not None else int(available_memory() * HEADROOM)
-    results = _result_bytes(request, batch.n_tokens, info)
+    results = _result_bytes(request, batch.n_tokens, len(batch), info)
     budget = BATCH_TOKENS
     while True:
         batches = _cut(batch, budget)
@@ -144,13 +156,23 @@ def _cut(batch: Batch, budget: int) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, batches))
 
 
-def _result_bytes(request: Forward, n_tokens: int, info: ModelInfo) -> int:
+def _result_bytes(request: Forward, n_tokens: int, n_texts: int, info: ModelInfo) -> int:
     total = 0
     for capture in request.captures:
-        width = info.d_vocab if capture.point.site == "logits" else info.d_model
+        width = _width(capture.point.site, info)
         one = _reducer(capture).memory_bytes(n_tokens, info.n_heads, width)
+        if isinstance(capture.reducer, AtPosition):
+            one *= n_texts
         total += one * len(info.require(capture.point))
     return 2 * total  # once as recorded and once as merged
+
+
+def _width(site: str, info: ModelInfo) -> int:
+    """Numbers per token at a site."""
+    per_head = {"q": info.n_heads, "k": info.n_kv_heads, "v": info.n_kv_heads, "z": info.n_heads}
+    if site in per_head:
+        return per_head[site] * info.d_head
+    return {"logits": info.d_vocab, "mlp_act": info.d_mlp}.get(site, info.d_model)
 
 
 def _pass_bytes(request: Forward, lengths: Sequence[int], info: ModelInfo) -> int:
@@ -160,17 +182,21 @@ def _pass_bytes(request: Forward, lengths: Sequence[int], info: ModelInfo) -> in
     width = 2 if info.dtype in ("float16", "bfloat16") else 4
     qkv = info.d_head * (2 * info.n_heads + 4 * info.n_kv_heads)
     need = n * width * (6 * info.d_model + 3 * info.d_mlp + qkv)
-    need += _result_bytes(request, n, info) // 2
+    need += _result_bytes(request, n, n_texts, info) // 2
     reads = {_reducer(c).reads for c in request.captures}
     if "attention" in reads:
         need += 2 * 4 * n_texts * info.n_heads * min(longest, BLOCK) * longest + 8 * n * qkv
-    if "vocab" in reads:
+    direct = {c.point: len(info.require(c.point)) for c in request.captures if _reducer(c).reads == "direct"}
+    if direct:
+        need += n * width * info.d_model * sum(direct.values()) + 4 * 8 * n * info.d_model
+    if "vocab" in reads or direct:
         held = {layer for c in request.captures if _reducer(c).reads == "vocab" for layer in info.require(c.point)}
         need += n * width * info.d_model * len(held | {0})
         rows = min(ROWS, min(n, TOKENS) * len(held | {0})) + min(n, TOKENS)
         need += 4 * info.d_vocab * (rows + 64)
-    if any(c.point.site == "logits" and _reducer(c).reads == "rows" for c in request.captures):
-        need += 4 * n * info.d_vocab
+    at_logits = [c.reducer for c in request.captures if c.point.site == "logits" and _reducer(c).reads == "rows"]
+    if at_logits:
+        need += 4 * (n_texts if all(isinstance(r, AtPosition) for r in at_logits) else n) * info.d_vocab
     return int(need)
 
 
@@ -181,7 +207,7 @@ def _work(request: Forward, batch: Batch, info: ModelInfo) -> tuple[float, float
     embedding = info.d_vocab * info.d_model
     forward = 2e-9 * (n * max(info.n_params - embedding, 0) + attention)
     rows = {c.point.site: len(info.require(c.point)) for c in request.captures if _reducer(c).reads == "vocab"}
-    readouts = max(rows.values(), default=0)
+    readouts = max(rows.values(), default=int(any(_reducer(c).reads == "direct" for c in request.captures)))
     return forward, 2e-9 * n * readouts * embedding
 
 

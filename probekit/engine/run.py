@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from probekit._version import __version__
 from probekit.analysis import Analysis, Params, Result, Results
@@ -17,6 +15,7 @@ from probekit.reduce import Partial
 
 from .lockstep import run_flows, union
 from .plan import Plan, make_plan
+from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class Job:
 
 
 def check_texts(jobs: Sequence[Job], batch: Batch, context_length: int | None) -> None:
-    """Refuse texts that are too short for an analysis or too long for the model.
+    """Refuse texts that are too short for an analysis, too long for the model, or not what an analysis reads.
 
     Raises:
-        TextError: names the text, its length and the length that was expected.
+        TextError: names the text, what was found and what was expected.
     """
     for i, n in enumerate(batch.lengths):
         if context_length is not None and n > context_length:
@@ -46,20 +45,28 @@ def check_texts(jobs: Sequence[Job], batch: Batch, context_length: int | None) -
                     f"Text {i} has {n} tokens; {job.analysis.name} needs at least {least}. "
                     "Give a longer text, or leave this analysis out."
                 )
+    for job in jobs:
+        job.analysis.check_texts(job.params, batch)
+
+
+def count_passes(jobs: Sequence[Job], info: ModelInfo, batch: Batch) -> int:
+    """About how many passes a run makes: the first is shared, what an analysis asks for later is its own."""
+    return 1 + sum(job.analysis.passes(job.params, info, batch) - 1 for job in jobs)
 
 
 def first_plan(jobs: Sequence[Job], info: ModelInfo, batch: Batch, memory_limit: int | None = None) -> list[Plan]:
-    """The plan of the first round: one per pass. Analyses that look again ask for more passes later."""
+    """The plan of the first round: one per pass, each with the number of passes that are expected in all."""
     requests = []
     for job in jobs:
         flow = job.analysis.flow(job.params, info)
         requests.append(next(flow))
         flow.close()
-    return [make_plan(request, batch, info, memory_limit) for request in union(requests)]
+    passes = count_passes(jobs, info, batch)
+    return [replace(make_plan(r, batch, info, memory_limit), passes=passes) for r in union(requests)]
 
 
 def run_pass(
-    model: Model, request: Forward, batch: Batch, *, memory_limit: int | None = None, progress: bool = False
+    model: Model, request: Forward, batch: Batch, *, memory_limit: int | None = None, progress: Progress | None = None
 ) -> tuple[Trace, Plan]:
     """Plan and run one pass over all texts.
 
@@ -68,26 +75,24 @@ def run_pass(
         request: everything that is wanted of this pass.
         batch: all texts.
         memory_limit: bytes that may be used above the loaded model.
-        progress: show a bar on standard error where that is a terminal.
+        progress: the bar of the run.
 
     Raises:
         PlanError: it does not fit in memory.
     """
     if request.texts is not None:
         batch = batch.select(_rows_of(request.texts, batch))
+    if request.rows is not None:
+        chosen = _rows_of(request.rows, batch, once=False)
+        batch = Batch(tuple(batch.texts[i] for i in chosen), batch.bos)  # copies of a text are told apart by their row
     plan = make_plan(request, batch, model.info, memory_limit)
     parts: list[list[Partial]] = []
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} GFLOP [{elapsed}<{remaining}]"
-    # Off unless asked for; where asked for, tqdm itself keeps quiet if standard error is no terminal.
-    with tqdm(
-        total=plan.gflop, desc="capture", bar_format=bar_format, file=sys.stderr, disable=None if progress else True
-    ) as bar:
-
-        def tell(work: float) -> None:
-            bar.update(min(work, max(plan.gflop - bar.n, 0.0)))
-
-        for indices in plan.batches:
-            parts.append(model.execute(request, batch.select(indices), None if bar.disable else tell))
+    tell = None
+    if progress is not None:
+        progress.begin(plan.gflop)
+        tell = None if progress.silent else progress.tell
+    for indices in plan.batches:
+        parts.append(model.execute(request, batch.select(indices), tell))
     merged = [Partial.merge([p[i] for p in parts]) for i in range(len(request.captures))]
     data = {c.key: part.finish(batch) for c, part in zip(request.captures, merged, strict=True)}
     ids = sorted({int(i) for d in data.values() if "top_id" in d for i in np.unique(d["top_id"].values)})
@@ -95,11 +100,12 @@ def run_pass(
     return Trace(batch, model.info, data, vocab), plan
 
 
-def _rows_of(texts: Sequence[int], batch: Batch) -> list[int]:
+def _rows_of(texts: Sequence[int], batch: Batch, *, once: bool = True) -> list[int]:
     place = {text: row for row, text in enumerate(batch.index)}
     strange = [t for t in texts if t not in place]
-    if strange or not texts or len(set(texts)) != len(texts):
-        raise InputError(f"A request names the texts {list(texts)}; expected some of {sorted(place)}, each once.")
+    if strange or not texts or (once and len(set(texts)) != len(texts)):
+        only = ", each once" if once else ""
+        raise InputError(f"A request names the texts {list(texts)}; expected some of {sorted(place)}{only}.")
     return [place[t] for t in texts]
 
 
@@ -119,24 +125,26 @@ def run_jobs(
         model: the model.
         batch: the texts.
         memory_limit: bytes that may be used above the loaded model.
-        progress: show bars on standard error where that is a terminal.
+        progress: show a bar on standard error where that is a terminal.
         corpus: where the texts come from, for the record.
 
     Returns:
         One result per analysis, in order.
     """
     check_texts(jobs, batch, model.info.context_length)
-    plans: list[Plan] = []
+    plans: dict[Plan, Plan] = {}
 
     def serve(request: Forward) -> Trace:
         if request.model != "model":
             raise InputError(f"An analysis asks for a model in the role {request.model!r}; this run has one model.")
-        trace, plan = run_pass(model, request, batch, memory_limit=memory_limit, progress=progress)
-        plans.append(plan)
+        trace, plan = run_pass(model, request, batch, memory_limit=memory_limit, progress=bar)
+        alike = replace(plan, available_bytes=0)
+        plans[alike] = replace(plan, passes=plans[alike].passes + 1) if alike in plans else plan
         return trace
 
     flows = {job.analysis.name: job.analysis.flow(job.params, model.info) for job in jobs}
-    datasets = run_flows(flows, serve)
+    with Progress(count_passes(jobs, model.info, batch), shown=progress) as bar:
+        datasets = run_flows(flows, serve)
     provenance = {
         "probekit": __version__,
         **model.provenance(),
@@ -144,10 +152,12 @@ def run_jobs(
             "n_texts": len(batch),
             "n_tokens": batch.n_tokens,
             "bos": batch.bos,
+            **({"beginning_of_sequence": batch.begins} if batch.begins else {}),
+            **({"chat_template": batch.template} if batch.template else {}),
             "digest": f"sha256:{batch.digest}",
             **(corpus or {}),
         },
-        "plan": [plan.as_dict() for plan in plans],
+        "plan": [plan.as_dict() for plan in plans.values()],
     }
     return Results(
         {

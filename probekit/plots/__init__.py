@@ -5,6 +5,7 @@ from .curves import lines
 from .figure import Drawing, Drawings, Figure, Quantity, Scale, TokenStrip
 from .heatmaps import heatmap
 from .page import figure_json, plotly_js
+from .scatter import scatter
 from .text import escape, token_label, token_labels, unescape, visible
 from .theme import DIVERGING, PALETTE, PLOT_CONFIG, SEQUENTIAL, UNDEFINED
 from .words import next_words
@@ -30,6 +31,7 @@ __all__ = [
     "lines",
     "next_words",
     "plotly_js",
+    "scatter",
     "token_label",
     "token_labels",
     "unescape",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from probekit.core import InputError
+
 from .base import Field, Reads, Reducer
 
 if TYPE_CHECKING:
@@ -51,6 +53,31 @@ class AttentionStats(Reducer):
         """Column sums become means over the queries that see the key."""
         arrays["received"] /= arrays["seen"].unsqueeze(2).clamp(min=1)
         return arrays
+
+
+@dataclass(frozen=True)
+class Maps(Reducer):
+    """The attention probabilities themselves, query by key. Large: for one short text at a time."""
+
+    reads: ClassVar[Reads] = "attention"
+
+    def fields(self) -> Mapping[str, Field]:
+        """One array, `value`."""
+        return {"value": Field(("head", "query", "key"), "share", "attention of a query on a key")}
+
+    def measure(self, piece: AttentionBlock) -> Mapping[str, torch.Tensor]:
+        """The rows of a block.
+
+        Raises:
+            InputError: several texts run together.
+        """
+        if len(piece.lengths) != 1:
+            raise InputError(f"Whole attention maps are kept of one text at a time; found {len(piece.lengths)} texts.")
+        return {"value": piece.probs}
+
+    def memory_bytes(self, n_tokens: int, n_heads: int, d_model: int) -> int:
+        """Four bytes per pair and head."""
+        return 4 * n_heads * n_tokens**2
 
 
 @dataclass(frozen=True)

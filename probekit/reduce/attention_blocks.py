@@ -210,7 +210,7 @@ def whole_attention(query: Tensor, key: Tensor, value: Tensor, how: AttentionMat
     """The same attention in plain operations that can be differentiated; holds query × key as a whole.
 
     Args:
-        query: axes text, head, token, d_head.
+        query: axes text, head, token, d_head; the last ones, where keys of earlier tokens come from a cache.
         key: axes text, key-value head, token, d_head.
         value: axes text, key-value head, token, d_value.
         how: scaling, soft-cap, window, mask, bias, sinks and cut edges.
@@ -218,21 +218,21 @@ def whole_attention(query: Tensor, key: Tensor, value: Tensor, how: AttentionMat
     Returns:
         Attention output, axes text, token, head, d_value.
     """
-    n, group = query.shape[2], query.shape[1] // key.shape[1]
+    n_keys, group = key.shape[2], query.shape[1] // key.shape[1]
+    start = n_keys - query.shape[2]
     key, value = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
     scores = query.float() @ key.transpose(2, 3) * how.scaling
     if how.softcap is not None:
         scores = how.softcap * torch.tanh(scores / how.softcap)
     if how.bias is not None:
         scores = scores + how.bias
-    visible = how.visible(0, n, n, scores.device)
-    allowed = (
-        visible[:, None] if visible is not None else torch.ones(n, n, dtype=torch.bool, device=scores.device).tril()
-    )
+    visible = how.visible(start, n_keys, n_keys, scores.device) if how.mask is None else how.mask[:, 0, :, :n_keys]
+    causal = torch.ones(query.shape[2], n_keys, dtype=torch.bool, device=scores.device).tril(start)
+    allowed = causal if visible is None else visible[:, None]
     scores = scores.masked_fill(~allowed, MASKED)
     if how.cut is not None:
         scores = scores.clone()
-        how.cut(scores, slice(0, query.shape[1]), 0)
+        how.cut(scores, slice(0, query.shape[1]), start)
     if how.sinks is not None:
         column = how.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
         probs = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]

@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from probekit.core import SITES, Batch, Point, check_axes, token_coords
+from probekit.core import SITES, Batch, InputError, Point, check_axes, token_coords
 
 if TYPE_CHECKING:
     import torch
     import xarray as xr
 
     from .attention_blocks import AttentionBlock
+    from .direct import DirectRows
     from .vocab_rows import VocabRows
     from .vocab_tiles import VocabNumbers
 
-Reads = Literal["rows", "attention", "vocab"]
+Reads = Literal["rows", "attention", "vocab", "direct"]
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,44 @@ class Rows:
     Args:
         values: axes token, then the point's own.
         lengths: tokens per text.
+        only: the position that the rows belong to, one row per text, where the others were left out.
     """
 
     values: torch.Tensor
     lengths: tuple[int, ...]
+    only: int | None = None
+
+    def at(self, position: int) -> torch.Tensor:
+        """The row of each text at one position, negative from its end; axes text, then the point's own.
+
+        Raises:
+            InputError: a text has no such position.
+        """
+        return self.values if self.only == position else self.values[rows_at(position, self.lengths)]
+
+
+def rows_at(position: int, lengths: Sequence[int]) -> list[int]:
+    """Where each text's `position` lies when texts are laid end to end.
+
+    Args:
+        position: counted from the start of each text, or negative from its end.
+        lengths: tokens per text.
+
+    Raises:
+        InputError: a text has no such position.
+    """
+    short = [n for n in lengths if not -n <= position < n]
+    if short:
+        raise InputError(f"Position {position} is outside a text of {short[0]} tokens, 0 to {short[0] - 1}.")
+    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    return [int(s) + position % n for s, n in zip(starts, lengths, strict=True)]
 
 
 class Reducer(ABC):
     """Base of all reducers; subclasses are frozen dataclasses whose fields are plain values.
 
     Attributes:
-        reads: what `measure` is shown: `Rows` of one layer, an `AttentionBlock`, or `VocabRows`.
+        reads: what `measure` is shown: `Rows` of one layer, an `AttentionBlock`, `VocabRows`, or `DirectRows`.
     """
 
     reads: ClassVar[Reads]
@@ -130,7 +158,7 @@ class Partial:
     def dims(self, field: str) -> tuple[str, ...]:
         """Axes of a field's array."""
         own = self.reducer.fields()[field].dims
-        if self.reducer.reads == "rows" and "token" in own:
+        if self.reducer.reads == "rows" and {"token", "d_model"} & set(own):
             own = _at_site(own, SITES[self.point.site].dims)
         return ("layer", *own) if self.layers else own
 
@@ -212,20 +240,28 @@ class Recorder:
             self._arrays[name] = like.new_zeros((len(self.layers), *shape))
         return self._arrays[name]
 
-    def rows(self, layer: int, rows: Rows) -> None:
+    def rows(self, layer: int, rows: Rows | DirectRows) -> None:
         """Record one layer's activations."""
         for name, values in self.reducer.measure(rows).items():
-            self._array(name, tuple(values.shape), values)[self._slot[layer]] = values
+            array = self._array(name, tuple(values.shape), values)
+            array[self._slot[layer]] = values.to(array.device)  # blocks may be spread over devices
 
     def attention(self, layer: int, block: AttentionBlock) -> None:
         """Record one block of queries of one layer."""
         longest, first = max(self.lengths), block.first_head
         for name, values in self.reducer.measure(block).items():
+            if "query" in self._fields[name].dims:  # whole maps, of one text
+                whole = self._array(name, (block.n_heads or values.shape[1], longest, longest), values)
+                n_heads, n_queries, n_keys = values.shape[1:]
+                place = slice(first, first + n_heads), slice(block.start, block.start + n_queries), slice(n_keys)
+                whole[self._slot[layer]][place] = values[0].to(whole.device)
+                continue
             n_text, *some_heads, n = values.shape
             if not some_heads and first:
                 continue  # the same for all heads, and recorded with the first ones
             shape = (n_text, *([block.n_heads or some_heads[0]] if some_heads else []), longest)
             array = self._array(name, shape, values)[self._slot[layer]]
+            values = values.to(array.device)
             if some_heads:
                 array = array[:, first : first + some_heads[0]]
             if self._fields[name].per == "query":
@@ -242,6 +278,10 @@ class Recorder:
             for slot, one in zip(slots, values, strict=True):
                 array[slot, start : start + one.shape[0]] = one
 
+    def recorded(self, field: str) -> torch.Tensor:
+        """What was recorded of a field so far; axes layer, then the field's."""
+        return self._arrays[field]
+
     def leave(self) -> None:
         """Start to move what was recorded off the device; `close` waits for it."""
         missing = set(self._fields) - set(self._arrays)
@@ -249,7 +289,8 @@ class Recorder:
             raise RuntimeError(f"{self.point} never fired: {self.reducer.key} recorded nothing for {sorted(missing)}")
         arrays = self.reducer.settle(self._arrays, self.lengths)
         if self.reducer.reads == "attention":
-            arrays = {name: self._pack(array) for name, array in arrays.items()}
+            whole = {name for name, field in self._fields.items() if "query" in field.dims}
+            arrays = {name: array if name in whole else self._pack(array) for name, array in arrays.items()}
         layered = SITES[self.point.site].layered
         self._device = next(iter(arrays.values())).device
         self._host = {name: (a if layered else a[0]).to("cpu", non_blocking=True) for name, a in arrays.items()}

@@ -48,10 +48,10 @@ def test_one_file_gives_numbers_findings_figures_and_a_saved_result(tiny_llama: 
 
 @pytest.mark.usefixtures("loaded")
 def test_it_runs_beside_the_others_in_one_pass(tiny_llama: Tiny) -> None:
-    """Five analyses, one plan; the result is what it is alone."""
+    """All that only look and this one, one plan; the result is what it is alone."""
     batch = texts_of((20, 24))
     results = run("all", tiny_llama.model, batch, horizon=16)
-    assert len(results) == 5 and len(results["mean-norm"].provenance["plan"]) == 1
+    assert len(results) > 5 and len(results["mean-norm"].provenance["plan"]) == 1
     assert_same(results["mean-norm"].dataset, run("mean-norm", tiny_llama.model, batch)["mean-norm"].dataset)
 
 

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 import probekit.reduce
 from probekit.core import SITES, Capture, Forward, Point
 from probekit.reduce import (
+    AtPosition,
     AttentionStats,
     Keep,
+    LocalAttention,
+    LogitDirection,
     MedianMagnitude,
     NextToken,
     Norm,
@@ -37,6 +40,9 @@ INSTANCES: dict[type[Reducer], tuple[Reducer, ...]] = {
     Readout: (Readout(), Readout(1), Readout(50)),
     NextToken: (NextToken(), NextToken(2), NextToken(50)),
     Keep: (Keep(),),
+    LocalAttention: (LocalAttention(), LocalAttention(1), LocalAttention(100)),
+    LogitDirection: (LogitDirection(), LogitDirection("target"), LogitDirection("random")),
+    AtPosition: (AtPosition(), AtPosition(0)),
     Norm: (Norm(),),
     TopMagnitudes: (TopMagnitudes(), TopMagnitudes(1), TopMagnitudes(10)),
     MedianMagnitude: (MedianMagnitude(),),
@@ -48,13 +54,13 @@ every_reducer = pytest.mark.parametrize("reducer", ALL, ids=lambda r: r.key)
 
 
 def capture_of(reducer: Reducer) -> Capture:
-    site = {"rows": "resid_post", "attention": "pattern", "vocab": "resid_post"}[reducer.reads]
+    site = {"rows": "resid_post", "attention": "pattern", "vocab": "resid_post", "direct": "resid_post"}[reducer.reads]
     return Capture("logits" if isinstance(reducer, NextToken) else site, reducer)
 
 
 def test_every_reducer_of_the_package_is_tested_and_exported() -> None:
     """A reducer that is written but not listed here, or not exported, is found."""
-    assert reducer_classes() == set(INSTANCES)
+    assert reducer_classes() == {*INSTANCES, probekit.reduce.Maps}  # Maps: one text at a time, see test_cache
     assert {c.__name__ for c in reducer_classes()} <= set(probekit.reduce.__all__)
 
 
@@ -151,6 +157,7 @@ def test_one_token_text(reducer: Reducer) -> None:
     """A text of one token is served: what needs a next token or the horizon is NaN, all else is finite."""
     data = see(scripted(), [capture_of(reducer)], texts_of((1,)))[0]
     undefined = {"logprob_nats", "target_rank"} | ({"received"} if isinstance(reducer, ReceivedWithin) else set())
+    undefined |= {"projection"} if reducer == LogitDirection("target") else set()
     for name, array in data.data_vars.items():
         if name in undefined:
             assert np.isnan(array.values).all(), name

@@ -76,8 +76,8 @@ def test_pieces_of_characters_show_their_bytes(bytes_tokenizer: Any) -> None:
     assert bytes_tokenizer.decode(batch.ids.tolist()) == text
 
 
-def test_unknown_ids_show_as_numbers() -> None:
-    assert token_strings(words_tokenizer(), [5, 100_000, 5]) == ("w5", "[100000]", "w5")
+def test_ids_without_a_token_show_as_unused() -> None:
+    assert token_strings(words_tokenizer(), [5, 100_000, 5]) == ("w5", "<unused 100000>", "w5")
 
 
 def test_hash_fixes_how_a_tokenizer_cuts() -> None:

@@ -133,7 +133,8 @@ def attend(watch: Watch, layer: int, query: Tensor, key: Tensor, value: Tensor, 
         Output, axes text, token, head, d_value; None where the model's own kernel has to make it.
     """
     sees, own_kernel = layer in watch.layers, watch.own != "eager" and how.cut is None
-    if torch.is_grad_enabled() and not own_kernel:
+    cached = query.shape[2] != key.shape[2]  # earlier keys come from a cache: a step of generation, which nobody sees
+    if (torch.is_grad_enabled() or cached) and not own_kernel:
         return whole_attention(query, key, value, how)
     if own_kernel and not sees:
         return None

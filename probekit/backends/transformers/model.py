@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import importlib.metadata
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -17,15 +17,28 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from probekit.backends.self_check import self_check
-from probekit.core import Batch, BosPolicy, CapabilityError, Forward, ModelError, ModelInfo, Progress, Request
+from probekit.core import (
+    Batch,
+    BosPolicy,
+    CapabilityError,
+    Chat,
+    Forward,
+    Generated,
+    ModelError,
+    ModelInfo,
+    Patch,
+    Progress,
+    Request,
+)
 from probekit.reduce import Partial
 
 from .architectures import Architecture, architecture_of
 from .forward_pass import evaluating, run_pass
+from .generation import generate
 from .tokens import token_strings, tokenize, tokenizer_hash
+from .weights import devices_of, hash_of, input_device, is_quantised, state_of, unembedding
 
-_FULL_HASH_LIMIT = 4 << 30  # bytes of weights up to which the hash reads every one of them
-_SAMPLE = 1 << 16  # entries that the hash reads of each tensor beyond that
+_D_MLP = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # first that is set; else 4 · d_model
 
 
 class TransformersModel:
@@ -38,16 +51,24 @@ class TransformersModel:
     def __init__(self, config: Any, tokenizer: Any, name: str, revision: str, loader: Callable[[], Any]) -> None:
         self.tokenizer = tokenizer
         self.architecture: Architecture = architecture_of(config, name)
-        self._config, self._loader = config.get_text_config(), loader
+        self._whole_config, self._config, self._loader = config, config.get_text_config(), loader
         self._name, self._revision = name, revision
         self.folder: Path | None = None  # where it was loaded from
         self._module: Any = None
         self._lock = threading.RLock()
         self._weights_hash: str | None = None
+        self._n_params: int | None = None
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, name: str, revision: str = "", dtype: str | None = None, device: str | None = None
+        cls,
+        folder: Path,
+        *,
+        name: str,
+        revision: str = "",
+        dtype: str | None = None,
+        device: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
     ) -> Self:
         """A model saved in a folder; reads configuration and tokenizer now, the weights at `load`.
 
@@ -57,6 +78,7 @@ class TransformersModel:
             revision: commit or version of the weights.
             dtype: type of the weights, such as "float32"; as stored if None.
             device: where to put them; the first accelerator, or else the CPU, if None.
+            device_map: how to spread blocks over devices, as transformers takes it; in place of `device`.
 
         Raises:
             ModelError: the folder holds no decoder that probekit knows.
@@ -71,12 +93,16 @@ class TransformersModel:
             raise ModelError(f"{name!r} cannot be read as a transformers model: {error}") from error
 
         def loader() -> nn.Module:
-            wanted = getattr(torch, dtype) if dtype else "auto"
+            there = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            packed = getattr(config, "quantization_config", None) is not None  # such weights cannot be moved later
+            options: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto"}
+            if device_map is not None or packed:
+                options["device_map"] = {"": there} if device_map is None else device_map
             try:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+            except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
                 raise ModelError(f"The weights of {name!r} cannot be loaded: {error}") from error
-            return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            return model.eval() if "device_map" in options else model.eval().to(there)
 
         model = cls(config, tokenizer, name, revision, loader)
         model.folder = folder
@@ -98,9 +124,9 @@ class TransformersModel:
         """
         with self._lock:
             if self._module is None:
-                self._module = self._loader()
+                self._module, self._n_params = self._loader(), None
                 try:
-                    self_check(self)
+                    self_check(self, self._added, sinks=self.architecture.sinks)
                 except BaseException:
                     self._module = None
                     raise
@@ -116,8 +142,10 @@ class TransformersModel:
     @property
     def info(self) -> ModelInfo:
         """Sizes and capabilities."""
-        c, heads = self._config, self._config.num_attention_heads
-        parameter = next(self._module.parameters()) if self._module is not None else None
+        c, heads, kv_heads = self._config, self._config.num_attention_heads, self.architecture.kv_heads
+        parameter = None
+        if self._module is not None:
+            parameter = next((p for p in self._module.parameters() if p.is_floating_point()), None)
         dtype = parameter.dtype if parameter is not None else getattr(c, "dtype", None) or torch.float32
         return ModelInfo(
             name=self._name,
@@ -125,35 +153,47 @@ class TransformersModel:
             architecture=c.model_type,
             n_layers=c.num_hidden_layers,
             n_heads=heads,
-            n_kv_heads=getattr(c, "num_key_value_heads", None) or heads,
+            n_kv_heads=kv_heads(c) if kv_heads else getattr(c, "num_key_value_heads", None) or heads,
             d_model=c.hidden_size,
             d_head=getattr(c, "head_dim", None) or c.hidden_size // heads,
-            d_mlp=getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * c.hidden_size,
-            d_vocab=c.vocab_size,
+            d_mlp=next((n for n in (getattr(c, name, None) for name in _D_MLP) if n), 4 * c.hidden_size),
+            d_vocab=self._d_vocab(),
             n_params=self._count_parameters(),
             context_length=getattr(c, "max_position_embeddings", None),
             dtype=str(dtype).removeprefix("torch."),
-            device=str(parameter.device) if parameter is not None else "cpu",
+            device="cpu" if self._module is None else devices_of(self._module),
             sites=self.architecture.sites,
             has_bos=self.tokenizer.bos_token_id is not None,
             revision=self._revision,
         )
 
     def _count_parameters(self) -> int:
-        if self._module is not None:
-            return sum(p.numel() for p in self._module.parameters())
-        with torch.device("meta"):
-            return sum(p.numel() for p in AutoModelForCausalLM.from_config(self._config).parameters())
+        if self._n_params is None:
+            if self._module is not None and not is_quantised(self._module):
+                self._n_params = sum(p.numel() for p in self._module.parameters())
+            else:  # packed weights have fewer entries than parameters
+                config = copy.deepcopy(self._whole_config)
+                if hasattr(config, "quantization_config"):
+                    del config.quantization_config
+                with torch.device("meta"):
+                    self._n_params = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return self._n_params
 
-    def tokenize(self, texts: Sequence[str], bos: BosPolicy = "model") -> Batch:
+    def _d_vocab(self) -> int:
+        weight = None if self._module is None else getattr(self._module.get_output_embeddings(), "weight", None)
+        return len(weight) if isinstance(weight, Tensor) else int(self._config.vocab_size)
+
+    def tokenize(self, texts: Sequence[Any], bos: BosPolicy = "model", chat: Chat = False) -> Batch:
         """The exact token ids that will run.
 
         Args:
             texts: the texts.
             bos: "model" adds what the tokenizer adds by itself, "always" a beginning-of-sequence
                 token, "never" nothing.
+            chat: make each text a turn in the tokenizer's chat template; a string is the system message. A text
+                may then be a list of messages ({"role": …, "content": …}).
         """
-        return tokenize(self.tokenizer, texts, bos)
+        return tokenize(self.tokenizer, texts, bos, chat)
 
     def decode(self, ids: Sequence[int]) -> tuple[str, ...]:
         """What each id shows as."""
@@ -180,11 +220,13 @@ class TransformersModel:
     def weights_hash(self, *, fresh: bool = False) -> str:
         """sha256 over the weights; over an even sample of each tensor where they exceed 4 GiB.
 
+        Quantised weights are hashed as they are packed.
+
         Args:
             fresh: compute it anew instead of answering from memory.
         """
         if self._weights_hash is None or fresh:
-            self._weights_hash = _hash(self.module)
+            self._weights_hash = hash_of(state_of(self.module))
         return self._weights_hash
 
     def execute(self, request: Request, batch: Batch, progress: Progress | None = None) -> list[Partial]:
@@ -209,9 +251,47 @@ class TransformersModel:
         with self._lock:
             return run_pass(self, request, batch, progress)
 
+    def to_transformer_lens(self) -> Any:
+        """A TransformerLens `TransformerBridge` of its own on these very weights; this model stays as it is.
+
+        Do not train it, and do not let it fold weights in place: the tensors are shared.
+
+        Raises:
+            ModelError: TransformerLens is not installed, or does not know this architecture.
+        """
+        from probekit.backends.transformer_lens import build_bridge
+
+        return build_bridge(self.module, self.tokenizer, self._name)
+
+    def to_nnsight(self) -> Any:
+        """An `nnsight.TransformersModel` of its own on these very weights; this model stays as it is.
+
+        Do not train it: the tensors are shared.
+
+        Raises:
+            ModelError: nnsight is not installed.
+        """
+        from probekit.backends.nnsight import nnsight_twin
+
+        return nnsight_twin(self.module, self.tokenizer)
+
+    def generate(
+        self,
+        batch: Batch,
+        n_tokens: int,
+        patches: Sequence[Patch] = (),
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        cached: bool = True,
+    ) -> Generated:
+        """Continue each text, while patches change activations; see `generation.generate`."""
+        with self._lock:
+            return generate(self, batch, n_tokens, patches, temperature=temperature, seed=seed, cached=cached)
+
     def own_logits(self, batch: Batch) -> np.ndarray:
         """The model's own logits for one text, computed without probekit's hooks; axes token, vocab."""
-        ids = torch.tensor([batch.texts[0].ids], device=self.module.get_input_embeddings().weight.device)
+        ids = torch.tensor([batch.texts[0].ids], device=input_device(self.module))
         with self._lock, torch.no_grad(), evaluating(self.module):
             return self.module(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
 
@@ -220,6 +300,14 @@ class TransformersModel:
         if layer is None:
             return self.module.get_submodule(path)
         return self.module.get_submodule(self.architecture.layers)[layer].get_submodule(path)
+
+    def _added(self, site: str, values: np.ndarray) -> np.ndarray:
+        """What a sub-layer adds to the residual stream; axes layer, token, d_model."""
+        dtype = self.module.get_input_embeddings().weight.dtype
+        rows = torch.as_tensor(values).to(input_device(self.module), dtype)
+        with torch.no_grad():
+            done = [self.architecture.added(self.module, self._config, site, i, x) for i, x in enumerate(rows)]
+        return torch.stack([x.float().cpu() for x in done]).numpy()
 
     @property
     def unembed(self) -> NativeUnembed:
@@ -231,27 +319,31 @@ class NativeUnembed:
     """Final norm and unembedding of a transformers model, past other people's hooks."""
 
     def __init__(self, model: TransformersModel) -> None:
-        head = model.module.get_output_embeddings()
-        self.weight, self.bias = head.weight, head.bias
+        self.weight, self.bias = unembedding(model.module.get_output_embeddings())
         self._norm = model.part(model.architecture.final_norm)
+        row, config = model.architecture, model._config
+        self._divisor, self._multiplier, self._softcap = (
+            None if name is None else getattr(config, name)
+            for name in (row.logit_divisor, row.logit_multiplier, row.logit_softcap)
+        )
 
     def norm(self, rows: Tensor) -> Tensor:
-        """The final norm."""
-        return self._norm.forward(rows)
+        """The final norm; on the unembedding's device, also where the norm lives on another one."""
+        return self._norm.forward(rows).to(self.weight.device)
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Nothing follows the unembedding in the families of the table."""
+        """What the family does after the unembedding: scaling and soft-capping, entry by entry.
+
+        In place where no gradient is wanted.
+        """
+        if torch.is_grad_enabled():
+            logits = logits.clone()
+        if self._divisor is not None:
+            logits = logits.div_(self._divisor)
+        if self._multiplier is not None:
+            logits = logits.mul_(self._multiplier)
+        if self._softcap is not None:
+            logits = logits.div_(self._softcap).tanh_()
+            # tanh remembers its result for the gradient, so that must not be overwritten.
+            logits = logits * self._softcap if torch.is_grad_enabled() else logits.mul_(self._softcap)
         return logits
-
-
-def _hash(module: nn.Module) -> str:
-    state = dict(sorted(module.state_dict(keep_vars=True).items()))
-    sampled = sum(t.numel() * t.element_size() for t in state.values()) > _FULL_HASH_LIMIT
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        if sampled and flat.numel() > _SAMPLE:
-            flat = flat[:: flat.numel() // _SAMPLE]
-        digest.update(memoryview(flat.contiguous().cpu().view(torch.uint8).numpy()))
-    return f"sha256{'-sample' if sampled else ''}:{digest.hexdigest()}"

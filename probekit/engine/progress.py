@@ -1,0 +1,72 @@
+"""One bar for a whole run, however many passes it takes."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+REDRAW = 0.1  # seconds between two drawings
+_ONE = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} GFLOP [{elapsed}<{remaining}]"
+_MANY = "{desc} |{bar}| [{elapsed}<{remaining}]"
+_UNKNOWN = "{desc} [{elapsed}]"
+
+
+class Progress:
+    """A bar on standard error: GFLOP of the only pass, or "pass 12 of 90" where there are many.
+
+    Args:
+        passes: how many passes the run is expected to make; one more than that, and the bar only counts.
+        shown: off unless asked for; where asked for, it keeps quiet if standard error is no terminal.
+    """
+
+    def __init__(self, passes: int = 1, *, shown: bool = False) -> None:
+        self._expected, self._pass, self._work = passes, 0, 0.0
+        self._bar: tqdm[None] = tqdm(
+            desc="capture",
+            total=0,
+            bar_format=_UNKNOWN,
+            file=sys.stderr,
+            mininterval=REDRAW,
+            disable=None if shown else True,
+        )
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody would see it."""
+        return bool(self._bar.disable)
+
+    def begin(self, gflop: float) -> None:
+        """Another pass starts; it takes so much arithmetic."""
+        self._pass, self._work = self._pass + 1, gflop
+        if self.silent:
+            return
+        if self._expected == 1 and self._pass == 1:
+            self._bar.total, self._bar.bar_format = gflop, _ONE
+            return
+        known = self._pass <= self._expected
+        self._bar.total, self._bar.bar_format = (self._expected, _MANY) if known else (None, _UNKNOWN)
+        self._bar.n = self._pass - 1
+        # The bar redraws at its own pace: hundreds of short passes do not each write to the terminal.
+        self._bar.set_description_str(
+            f"pass {self._pass} of {self._expected}" if known else f"pass {self._pass}", False
+        )
+
+    def tell(self, work: float) -> None:
+        """So many GFLOP of this pass are done since the last call."""
+        if self._expected == 1 and self._pass == 1:
+            self._bar.update(min(work, max(self._work - self._bar.n, 0.0)))
+        elif self._work > 0:
+            self._bar.update(min(work / self._work, max(self._pass - self._bar.n, 0.0)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and not self.silent and self._bar.total:
+            self._bar.n = self._bar.total
+        self._bar.close()

@@ -1,0 +1,202 @@
+"""Every analysis that only looks, on SmolLM2-135M through three libraries: the numbers agree.
+
+Native hooks, TransformerLens' bridge and nnsight's trace run the same float32 weights on the same token ids and differ
+in how they reach an activation and in the attention kernel (streamed, eager in the bridge, eager in the trace). Each
+variable of each result is compared with the native one. Tolerances, in this order:
+
+- nats (entropies, surprisals, log-probabilities, divergences): 2e-4 in absolute terms, and squared nats 2e-3. Where the
+  model is sure, such a value is a difference of logits near 30, so its size says nothing about its rounding.
+- everything else that is continuous: 1e-4 of the entry, and 1e-6 in absolute terms for shares near 0.
+- ids: equal, but where the values that order them are within that tolerance of each other.
+- ranks: equal, but for tokens that tie with the one that is ranked; one, and one in a thousand of the rank.
+- what is decided by a threshold or an argmax (shares of heads, layers, counts): equal.
+
+Run as a script, it prints the table of largest differences: `python tests/real/test_three_backends.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import probekit as pk
+from probekit.analysis import Results
+from probekit.demo import demo_texts
+from probekit.models import BACKENDS
+
+pytestmark = pytest.mark.real
+MODEL = "smollm2-135m-instruct"
+OTHERS = tuple(b for b in BACKENDS if b != "transformers")
+NATS, SQUARED_NATS, RELATIVE, SHARE = 2e-4, 2e-3, 1e-4, 1e-6
+RANKS = {"target_rank"}
+IDS = {"top_id": "top_logprob", "dim": "value"}  # ids, and the values that order them
+DECIDED = {"sink_share", "sink_rate", "sink_rate_by_key", "sink_rate_by_epsilon", "settled_layer", "agreement"}
+DECIDED |= {"agreement_null", "n_massive", "n_massive_loose", "peak_pos", "peak_dim", "peak_layer", "writer"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one variable of one result is from the native one.
+
+    Args:
+        statistic: analysis and variable.
+        backend: whose numbers are compared.
+        absolute: largest difference of two entries.
+        relative: largest difference, as a share of the native entry.
+        allowed: the tolerance, in words.
+        beyond: entries that differ by more than is allowed.
+    """
+
+    statistic: str
+    backend: str
+    absolute: float
+    relative: float
+    allowed: str
+    beyond: int
+
+
+def texts() -> list[str]:
+    """A story and some arithmetic, about 70 tokens each."""
+    return [text[:320].rsplit(" ", 1)[0] for text in (demo_texts()[0], demo_texts()[3])]
+
+
+def results() -> dict[str, Results]:
+    """All looking analyses of the same texts and weights, by backend."""
+    native: Any = pk.open_model(MODEL, dtype="float32")
+    models = {"transformers": native}
+    for backend in OTHERS:
+        models[backend] = pk.open_model((native.module, native.tokenizer), backend=backend)
+    return {backend: pk.run(["all"], model, texts(), progress=False) for backend, model in models.items()}
+
+
+def compare(backend: str, found: Results, expected: Results) -> list[Difference]:
+    """Every variable of every result."""
+    assert set(found) == set(expected)
+    rows = []
+    for name, result in expected.items():
+        assert set(found[name].dataset.variables) == set(result.dataset.variables)
+        for variable in map(str, result.dataset.data_vars):
+            if result[variable].dtype.kind in "fiub":
+                rows.append(_difference(f"{name} · {variable}", backend, found[name].dataset, result.dataset))
+    return rows
+
+
+def _difference(statistic: str, backend: str, found: xr.Dataset, expected: xr.Dataset) -> Difference:
+    variable = statistic.rpartition(" · ")[2]
+    a, b = (d[variable].values.astype(np.float64) for d in (found, expected))
+    assert a.shape == b.shape and found[variable].attrs == expected[variable].attrs, statistic
+    assert np.array_equal(np.isnan(a), np.isnan(b)), f"{statistic}: NaN at other places"
+    a, b = np.nan_to_num(a), np.nan_to_num(b)
+    off = np.abs(a - b)
+    allowed, words = _allowed(variable, b, expected)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.nan_to_num(off / np.abs(b), nan=0.0, posinf=0.0)
+    worst = (float(x.max(initial=0.0)) for x in (off, relative))
+    return Difference(statistic, backend, *worst, words, int((off > allowed).sum()))
+
+
+def _allowed(variable: str, values: np.ndarray, dataset: xr.Dataset) -> tuple[np.ndarray, str]:
+    """The tolerance of each entry, and in words."""
+    unit = str(dataset[variable].attrs.get("units", ""))
+    if variable in IDS:
+        tied = _tied(np.abs(dataset[IDS[variable]].values.astype(np.float64)), variable == "top_id")
+        return np.where(tied, np.inf, 0.0), "equal, but at ties"
+    if variable in RANKS:
+        return 1 + 1e-3 * values, "1 + 0.001 · rank"
+    if variable in DECIDED:
+        return np.zeros_like(values), "equal"
+    if unit == "nats":
+        return np.full_like(values, NATS), f"{NATS:g} nats"
+    if unit == "nats²":
+        return np.full_like(values, SQUARED_NATS), f"{SQUARED_NATS:g} nats²"
+    if unit == "share":
+        return SHARE + RELATIVE * np.abs(values), f"{RELATIVE:g} · value + {SHARE:g}"
+    return RELATIVE * np.abs(values), f"{RELATIVE:g} · value"
+
+
+def _tied(values: np.ndarray, nats: bool) -> np.ndarray:
+    """Entries whose neighbour in rank is within the tolerance; the last one has an unseen neighbour."""
+    size = NATS if nats else RELATIVE * values[..., :-1]
+    close = np.abs(np.diff(values, axis=-1)) <= size
+    end = np.ones((*values.shape[:-1], 1), dtype=bool)
+    return np.concatenate([close, end], -1) | np.concatenate([~end, close], -1)
+
+
+def table(rows: list[Difference]) -> str:
+    """Largest difference per statistic, the backends side by side, as Markdown."""
+    lines = [f"| statistic | {' | '.join(f'{b}: absolute | relative' for b in OTHERS)} | allowed |"]
+    lines.append("|---" * (2 + 2 * len(OTHERS)) + "|")
+    for statistic in dict.fromkeys(r.statistic for r in rows):
+        mine = {r.backend: r for r in rows if r.statistic == statistic}
+        cells = [f"{mine[b].absolute:.1e} | {mine[b].relative:.1e}" for b in OTHERS]
+        lines.append(f"| {statistic} | {' | '.join(cells)} | {mine[OTHERS[0]].allowed} |")
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    """All processors, for products that are large enough."""
+    import os
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(os.cpu_count() or 1, 8))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Results]:
+    return results()
+
+
+def test_three_backends_agree(found: dict[str, Results]) -> None:
+    """No entry of any variable of any result is further from the native one than the tolerances above."""
+    native = found["transformers"]
+    rows = [row for backend in OTHERS for row in compare(backend, found[backend], native)]
+    print("\n" + table(rows))
+    assert {r.statistic.partition(" ")[0] for r in rows} == set(native)
+    assert len(rows) >= 80, "variables of all results, twice"
+    assert not [r for r in rows if r.beyond]
+
+
+def test_each_backend_did_the_work_itself(found: dict[str, Results]) -> None:
+    """The same weights and token ids, and numbers that are not one array seen three times."""
+    by_backend = {b: next(iter(r.values())).provenance for b, r in found.items()}
+    assert [p["backend"] for p in by_backend.values()] == list(BACKENDS)
+    assert len({p["weights_hash"] for p in by_backend.values()}) == 1
+    assert len({str(p["texts"]) for p in by_backend.values()}) == 1
+    entropy = [r["attention-sinks"]["row_entropy_nats"].values for r in found.values()]
+    assert not np.array_equal(entropy[0], entropy[1]) and not np.array_equal(entropy[0], entropy[2])
+
+
+def test_a_difference_is_noticed(found: dict[str, Results]) -> None:
+    """Each kind of variable, moved by a little more than its tolerance, is counted; moved by less, it is not."""
+    native = found["transformers"]
+    for name, variable, much, little in (
+        ("logit-lens", "entropy_nats", 3e-4, 1e-4),
+        ("logit-lens", "target_rank", 60.0, 0.5),
+        ("massive-activations", "norm", 1e-3, 0.0),
+        ("massive-activations", "n_massive", 1.0, 0.0),
+        ("attention-sinks", "received", 2e-4, 5e-7),
+    ):
+        dataset = native[name].dataset
+        for by, expected in ((much, True), (little, False)):
+            moved = dataset.copy(deep=True)
+            scale = float(np.nanmax(np.abs(dataset[variable].values))) if variable == "norm" else 1.0
+            moved[variable] = dataset[variable] + by * scale
+            moved[variable].attrs = dataset[variable].attrs
+            if variable == "target_rank":  # a rank of thousands may move by some
+                moved, dataset = (d.isel(layer=[-1]) for d in (moved, dataset))
+            row = _difference(f"{name} · {variable}", "moved", moved, dataset)
+            assert (row.beyond > 0) == expected, (variable, by, row)
+
+
+if __name__ == "__main__":
+    everything = results()
+    print(table([r for b in OTHERS for r in compare(b, everything[b], everything["transformers"])]))
