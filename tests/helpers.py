@@ -133,6 +133,15 @@ def tiny_model(kind: str) -> Tiny:
     return Tiny(kind, model, reference)
 
 
+def copy_of(kind: str) -> Any:
+    """A fresh module with the weights of the tiny model of a family."""
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    module.load_state_dict(tiny_model(kind).module.state_dict())
+    return module
+
+
 def scripted(sharpness: float = 1.0, play: Play | None = None, **sizes: Any) -> ScriptedModel:
     """A scripted null model whose attention is random; or one that plays `play`."""
     own = {k: v for k, v in sizes.items() if k in ("n_layers", "n_heads", "d_model")}

@@ -132,9 +132,7 @@ class CapturePass:
         if metric is None:
             return
         logits = any(r.point.site == "logits" for r in self.recorders)
-        if self.attention or self.cuts or logits or any(
-            r.reducer.reads in ("vocab", "direct") for r in self.recorders
-        ):
+        if self.attention or self.cuts or logits or any(r.reducer.reads in ("vocab", "direct") for r in self.recorders):
             raise CapabilityError(
                 "Gradients are seen at points with rows of numbers (residual streams, outputs, q, k, v, z); "
                 "ask for attention statistics, lenses, logits and knock-outs in a request without gradient_of."

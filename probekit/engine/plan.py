@@ -58,7 +58,7 @@ class Plan:
 
     def __str__(self) -> str:
         passes = "one pass" if self.passes == 1 else f"the first of about {self.passes:,} passes"
-        rest = "" if self.passes == 1 else f"; all passes up to {self.passes * self.gflop_forward:,.0f} GFLOP"
+        rest = "" if self.passes == 1 else " in this pass; later ones may run more rows"
         lines = [
             f"model     {self.model}",
             f"texts     {self.n_texts} with {self.n_tokens:,} tokens, in {len(self.batches)} batches, {passes}",

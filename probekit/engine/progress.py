@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, passes: int = 1, *, shown: bool = False) -> None:
         self._expected, self._pass, self._work = passes, 0, 0.0
-        self._bar: tqdm[None] = tqdm(
+        self._bar: Any = tqdm(
             desc="capture",
             total=0,
             bar_format=_UNKNOWN,
@@ -69,4 +69,6 @@ class Progress:
     ) -> None:
         if kind is None and not self.silent and self._bar.total:
             self._bar.n = self._bar.total
+            if self._pass > 1:  # the number that was expected is about right, not exactly
+                self._bar.set_description_str(f"{self._pass} passes", refresh=False)
         self._bar.close()

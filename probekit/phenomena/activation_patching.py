@@ -132,7 +132,7 @@ class ActivationPatching(Analysis):
             drawings["travel"] = _travel_curves(result, spec.directions)
         for site in spec.sites:
             drawings[site] = _head_map(result, spec) if site == "z" else _token_map(result, site, spec)
-        if result.params.as_dict()["attribution"]:
+        if result.params.as_dict()["attribution"] and (spec.window == 1 or {"resid_pre", "z"} & set(spec.sites)):
             drawings["attribution"] = _comparison(result, spec)
         if set(spec.sites) - {"z"}:
             drawings["strip"] = _strip(result, spec)
@@ -226,7 +226,8 @@ def _peak(result: Result, site: str, direction: str) -> Finding:
     share, null = text_mean(held, "pairs"), float(effect[np.isfinite(effect)].mean())
     window = result.params.as_dict()["window"]
     if site == "z":
-        what, where = f"of single heads, {layer}.{which}", {"layer": layer, "head": which}
+        what = f"of single heads, {layer}.{which}"
+        where: dict[str, Any] = {"layer": layer, "head": which}
     else:
         name, role = STREAMS[site], list(ROLES)[which]
         kind = (
@@ -270,23 +271,19 @@ def _about(result: Result, spec: SweepSpec) -> str:
     return f"{result.about} {n} pair{'s' * (n != 1)}.{wide}"
 
 
-def _title(result: Result, site: str, direction: str) -> str:
-    if site == "resid_pre":
-        return _travel(result, direction).claim
-    return _peak(result, site, direction).claim
-
-
 def _travel_curves(result: Result, directions: tuple[str, ...]) -> plots.Figure:
     effect = _by_role(result, "resid_pre", directions[0])
     layer = {"layer": result["layer"].values}
-    curves, bands = {}, {}
+    curves: dict[str, xr.DataArray] = {}
+    bands: dict[str, tuple[xr.DataArray, xr.DataArray]] = {}
     for r, words in enumerate(ROLES.values()):
         means = [text_mean(effect[:, at, r], "pairs") for at in range(effect.shape[1])]
         if not all(m.n for m in means):
             continue
         curves[words] = xr.DataArray([m.value for m in means], dims="layer", coords=layer)
         if all(m.ci95 for m in means):
-            bands[words] = tuple(curves[words].copy(data=[m.ci95[e] for m in means if m.ci95]) for e in (0, 1))
+            low, high = (curves[words].copy(data=[m.ci95[e] for m in means if m.ci95]) for e in (0, 1))
+            bands[words] = (low, high)
     spec = _spec(result.params)
     return plots.lines(
         curves,
@@ -321,7 +318,7 @@ def _token_map(result: Result, site: str, spec: SweepSpec) -> plots.Figure:
     name = STREAMS[site]
     return plots.heatmap(
         effect.isel(token=own),
-        title=_title(result, site, direction)
+        title=_peak(result, site, direction).claim
         if site != "resid_pre"
         else f"{direction.capitalize()}: effect of the residual stream entering each block, at each token",
         unit="share of the difference",
@@ -339,7 +336,7 @@ def _head_map(result: Result, spec: SweepSpec) -> plots.Figure:
     effect = result["head_effect"].isel(text=slice(DIRECTIONS[direction], None, 2)).mean("text")
     return plots.heatmap(
         effect.assign_coords(head=np.arange(effect.sizes["head"])),
-        title=_title(result, "z", direction),
+        title=_peak(result, "z", direction).claim,
         unit="share of the difference",
         quantity="effect",
         scale="diverging",
@@ -355,10 +352,9 @@ def _comparison(result: Result, spec: SweepSpec) -> plots.Figure:
     for site in spec.sites:
         if site == "z":
             groups["heads"] = (data["head_effect"].values, data["head_attributed"].values)
-        elif _spec(result.params).window == 1 or site == "resid_pre":
-            groups[f"{STREAMS[site]}s"] = tuple(
-                data[v].sel(case=site).values[:, mine] for v in ("effect", "attributed")
-            )
+        elif spec.window == 1 or site == "resid_pre":
+            exact, estimate = (data[v].sel(case=site).values[:, mine] for v in ("effect", "attributed"))
+            groups[f"{STREAMS[site]}s"] = (exact, estimate)
     found = [a for s in spec.sites for a in (_agreement(result, s),) if a.n]
     ranks = ", ".join(
         f"{'heads' if a.where['site'] == 'z' else STREAMS[a.where['site']] + 's'} {a.value:.2f}" for a in found

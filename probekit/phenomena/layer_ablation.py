@@ -49,8 +49,8 @@ class LayerAblation(Analysis):
         text, unless asked for, as the paper drops the beginning-of-sequence position. "The middle" is
         the second and third quarter of the blocks. Signals of the paper's stages, which it gives
         without thresholds, are shown beside it: attention on the 5 tokens before the query
-        (detokenisation), entropy of the logit lens, whose last peak is where predictions begin to form,
-        and KL from the final distribution (prediction ensembling, residual sharpening).
+        (detokenisation), and entropy and KL from the final distribution of the logit lens: from where
+        the KL is largest, predictions form (prediction ensembling, residual sharpening).
 
     Null:
         An ablation that multiplies a block's attention output by one: KL 0, up to rounding; a run
@@ -324,16 +324,16 @@ def _local(result: Result) -> Finding:
 
 
 def _ensembling(result: Result) -> Finding:
-    entropy = result["lens_entropy_nats"].values
-    n_layers = len(entropy)
+    far = result["lens_kl_nats"].values
+    n_layers = len(far)
     counted = _counted(result)
     unit, name = units(result["text"].values, result["pos"].values)
-    peaks = [float(entropy[:, counted & (unit == u)].mean(axis=1).argmax()) for u in np.unique(unit[counted])]
+    peaks = [float(far[:, counted & (unit == u)].mean(axis=1).argmax()) for u in np.unique(unit[counted])]
     depth = text_mean(np.array(peaks) / max(n_layers - 1, 1), name).within(0, 1)
-    pooled = int(entropy[:, counted].mean(axis=1).argmax())
+    pooled = int(far[:, counted].mean(axis=1).argmax())
     return Finding(
-        f"The lens' entropy is highest after block {pooled} and falls from there on; in a single text the peak lies at "
-        f"{depth.value:.0%} of the depth on average.",
+        f"The lens is farthest from the final distribution after block {pooled} of {n_layers} and approaches it from "
+        f"there on; in a single text that is at {depth.value:.0%} of the depth on average.",
         depth.value, "share of depth", 0.5, "a peak at any depth alike", depth.ci95, depth.n, depth.n_unit,
         {"layer": pooled},
     )  # fmt: skip

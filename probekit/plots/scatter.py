@@ -68,12 +68,12 @@ def scatter(
             )
         )
     if diagonal and any(x.size for x in ends[0]):
-        _add_diagonal(plot, *(np.concatenate(e) for e in ends), diagonal)
+        _add_diagonal(plot, np.concatenate(ends[0]), np.concatenate(ends[1]), diagonal)
     axes: dict[str, Any] = {
         "xaxis": {"title": {"text": escape(value_title(x_quantity, unit))}},
         "yaxis": {"title": {"text": escape(value_title(y_quantity, unit))}},
     }
-    legend = {"showlegend": len(groups) > 1, "hovermode": "closest"}
+    legend: dict[str, Any] = {"showlegend": len(groups) > 1, "hovermode": "closest"}
     return frame(plot, title=title, caption=caption, alt=alt, height=_HEIGHT, **axes, **legend)
 
 

@@ -98,6 +98,7 @@ CASES: dict[str, Case] = {
             {"direction": "noising"},
             {"direction": "denoising"},
             {"window": 9},
+            {"window": 3, "sites": "mlp_out"},
             {"min_gap": 0.001},
             {"attribution": False},
         ),

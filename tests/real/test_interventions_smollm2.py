@@ -84,7 +84,7 @@ def test_one_number_carries_the_model_and_its_mean_will_do(
     plain = found["as it is"]
     assert 2 < plain < 40
     assert found["zero"] > 20 * plain
-    assert found["mean"] == pytest.approx(plain, rel=0.01)
+    assert found["mean"] == pytest.approx(plain, rel=0.05)
     assert found["zero, another dimension"] == pytest.approx(plain, rel=0.01)
     assert found["zero, another position"] == pytest.approx(plain, rel=0.01)
 

@@ -68,7 +68,7 @@ class NnsightModel:
     nnsight model carries (`model.edit`) take part. Its configuration, training mode and attention are as
     before after every pass.
 
-    With `remote`, passes run on an NDIF server (`trace(remote=...)`). Functions of this process do not travel
+    With `remote` (`NnsightModel.from_nnsight(model, remote=True)`), passes run on an NDIF server (`trace(remote=...)`). Functions of this process do not travel
     there, so the activations of all visited places are saved, sent here and only then reduced, and patches are
     refused. The way is tested through nnsight's own dry run (`remote="local"`), not against a server.
 
@@ -173,7 +173,7 @@ class NnsightModel:
         architecture = self.native.architecture
         sites = ({*architecture.taps} & {*ORDER}) | {"logits"}
         if getattr(architecture, "route", None) is None:  # others have no switch for eager attention
-            sites |= {"pattern", "z"}
+            sites |= {"pattern", "z"} if self._projection(*OUTPUT_PROJECTIONS) else {"pattern"}
             config = self.native._config
             separate = getattr(config, "clip_qkv", None) is None and self._projection("v_proj")
             sites |= {"v"} if separate else set()
