@@ -74,7 +74,9 @@ class AttentionSinks(Analysis):
         "sink_rate_by_epsilon": Measure(("threshold",), "percent", "Sink_1 for other values of epsilon"),
         "layer_entropy_nats": Measure(("layer",), "nats", "mean row entropy, queries from position 1 on"),
         "layer_entropy_rest_nats": Measure(
-            ("layer",), "nats", "the same after removing position 0 and renormalising; NaN where nothing is left"
+            ("layer",),
+            "nats",
+            "the same after removing position 0 and renormalising, over rows that leave 0.1 % or more; NaN without any",
         ),
     }
 
@@ -283,7 +285,11 @@ def sink_phases(rates: np.ndarray, least: float = 0.25) -> list[tuple[int, int]]
 
 
 def _without_first(entropy: xr.DataArray, first: xr.DataArray) -> xr.DataArray:
-    """Entropy of attention rows after removing position 0 and renormalising, from entropy and share alone."""
+    """Entropy of attention rows after removing position 0 and renormalising, from entropy and share alone.
+
+    Rows that leave less than a thousandth to all other keys are NaN: dividing by it would turn the rounding of
+    float32 attention into hundredths of a nat.
+    """
     rest = 1 - first
-    safe = rest.where(rest > 1e-6)
+    safe = rest.where(rest > 1e-3)
     return (entropy + xr.where(first > 0, first * np.log(first.where(first > 0, 1)), 0)) / safe + np.log(safe)
