@@ -42,7 +42,8 @@ PARTS: dict[str, May] = {
     "analysis":    May("core",                                     "plots reporting phenomena"),  # types; discovery
     "engine":      May("core reduce analysis _version"),
     "sweeps":      May("core reduce stats"),
-    "phenomena":   May("core reduce plots stats sweeps analysis"), # and never one another
+    "contrasts":   May("core"),
+    "phenomena":   May("core reduce plots stats sweeps contrasts analysis"), # and never one another
     "reporting":   May("core analysis plots"),
     "activation_cache": May("core reduce engine",                  "models"),
     "models":      May("core catalog",                             "backends"),

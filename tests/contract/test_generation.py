@@ -12,10 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import D_MODEL, D_VOCAB, assert_close, scripted, texts_of, tiny_model
+from helpers import (
+    D_MODEL,
+    D_VOCAB,
+    SIZES,
+    assert_close,
+    random_weights,
+    scripted,
+    texts_of,
+    tiny_model,
+    words_tokenizer,
+)
 from scipy.special import entr, log_softmax
 
 import probekit as pk
+from probekit.backends.transformers import TransformersModel
 from probekit.core import (
     Add,
     Batch,
@@ -99,6 +110,41 @@ def test_cut_edges_stay_cut(kind: str, name: str) -> None:
     plain = model.generate(batch, N_NEW)
     assert np.abs(found.data["logprob_nats"].values[0] - plain.data["logprob_nats"].values[0]) > 1e-5
     _compare_with_one_pass(model, batch, found, (CUTS[name],))
+
+
+def _other(kind: str) -> Any:
+    """BLOOM does its attention by itself (ALiBi, keys cached after patching); gpt-oss has learned sinks and windows."""
+    from transformers import AutoModelForCausalLM, BloomConfig, GptOssConfig
+
+    if kind == "bloom":
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        config: Any = BloomConfig(vocab_size=D_VOCAB, hidden_size=32, n_layer=3, n_head=4, **ids)
+    else:
+        layers = ["sliding_attention", "full_attention", "sliding_attention"]
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}}
+        sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+        config = GptOssConfig(**sizes, **experts, layer_types=layers)
+    module = random_weights(AutoModelForCausalLM.from_config(config)).eval()
+    return TransformersModel.from_loaded(module, words_tokenizer(), name=kind).load()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt-oss"])
+def test_other_ways_through_attention(kind: str) -> None:
+    model, batch = _other(kind), texts_of((5, 12, 9), D_VOCAB)
+    patches = (
+        Patch("k.2", 3.0, positions=(0,)),
+        Patch("v.1", 0.0, positions=(-1,)),
+        Patch("q.2", 2.0, heads=(1,)),
+        Patch("z.1", 0.5, heads=(0,)),
+        CUTS["keys nobody sees"],
+    )
+    plain, found = (model.generate(batch, 8, some) for some in ((), patches))
+    for text, n in zip(plain.batch, plain.n_prompt, strict=True):
+        given = torch.tensor([text.ids[:n]])
+        own = model.module.generate(given, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(given))
+        assert text.ids == tuple(own[0].tolist())
+    assert found.batch == model.generate(batch, 8, patches, cached=False).batch != plain.batch
+    _compare_with_one_pass(model, batch, found, patches)
 
 
 def _compare_with_one_pass(model: Any, prompts: Batch, found: Any, patches: Sequence[Patch]) -> None:

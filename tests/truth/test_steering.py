@@ -12,10 +12,10 @@ from helpers import SIZES, assert_close, random_weights, run, tiny_model, words_
 
 from probekit.analysis import Result
 from probekit.backends.transformers import TransformersModel
+from probekit.contrasts import chosen_doses
 from probekit.core import Batch, Capture, Forward, InputError, TextError, TokenText
 from probekit.engine import run_pass
 from probekit.phenomena.steering import stands_out, steering_patch
-from probekit.phenomena.steering.pairs import chosen_doses
 from probekit.reduce import NextToken
 
 POSITIVE, NEGATIVE, OTHER = range(10, 30), range(30, 50), range(50, 128)
@@ -205,7 +205,7 @@ def test_pairs_without_a_common_direction_do_not_steer() -> None:
 
 def test_controls_are_as_long_as_the_direction_and_at_right_angles() -> None:
     """Unit vectors; orthogonal ones at right angles to the direction, and within the span of the pairs' activations."""
-    from probekit.phenomena.steering.pairs import AtLayer, Roles
+    from probekit.contrasts import AtLayer, Roles
 
     batch = texts_for(5)
     embed = planted_model().module.model.embed_tokens.weight.detach().double().numpy()
@@ -243,12 +243,12 @@ def test_patch_of_a_result_does_what_was_measured() -> None:
     batch, result = texts_for(), planted_result()
     neutral = batch.select(range(2 * N_PAIRS, len(batch)))
     capture = Capture("logits", NextToken(1))
-    patches = {"steered": (steering_patch(result, 0.5, 1),), "plain": ()}
+    patches = {"steered": (steering_patch(result, 0.4, 1),), "plain": ()}
     nll = {}
     for name, patch in patches.items():
         trace, _ = run_pass(planted_model(), Forward((capture,), patch), neutral)
         nll[name] = -trace[capture]["logprob_nats"].groupby("text").mean().values
-    expected = result["cost"].sel(layer=1, dose=0.5).values
+    expected = result["cost"].sel(layer=1, dose=0.4).values
     assert_close(nll["steered"] - nll["plain"], expected, atol=1e-5)
     assert steering_patch(result, 0.5).point.layer == result.findings[0].where["layer"]
     with pytest.raises(InputError, match=r"after the blocks \[0, 1, 2\], none after 7"):

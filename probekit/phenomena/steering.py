@@ -10,11 +10,10 @@ import xarray as xr
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, fmt, param, register
+from probekit.contrasts import KINDS, AtLayer, Roles, chosen_doses, chosen_layers
 from probekit.core import Add, Batch, Capture, Forward, InputError, ModelInfo, Patch, Trace
 from probekit.reduce import AtPosition, Keep, NextToken, log_softmax
 from probekit.stats import Estimate, held_out_best, text_mean
-
-from .pairs import KINDS, AtLayer, Roles, chosen_doses, chosen_layers
 
 SEEN = (Capture("logits", NextToken(1)), Capture("logits", AtPosition(-1)))
 
@@ -30,14 +29,14 @@ class SteeringParams(Params):
         "", help="Blocks after which it steers, such as 8,15; if empty, a quarter, half and three quarters of the depth"
     )
     doses: str = param(
-        "0.25,0.5,1", unit="× median norm", help="Lengths of what is added; each is used with both signs"
+        "0.1,0.2,0.4", unit="× median norm", help="Lengths of what is added; each is used with both signs"
     )
     position: str = param(
         "last",
         choices=("last", "mean"),
         help="Where the direction is read: last token, or mean from where a pair parts",
     )
-    n_controls: int = param(4, low=1, high=20, unit="directions", help="Control directions of each of the two kinds")
+    n_controls: int = param(3, low=1, high=20, unit="directions", help="Control directions of each of the two kinds")
     seed: int = param(0, low=0, help="Seed of the control directions")
 
 
@@ -74,7 +73,7 @@ class Steering(Analysis):
 
     Known failure modes:
         Pairs that share a word or a topic give a direction for that word or topic. Doses near the
-        median norm break the model, and a broken model has no preference: look at the cost. The
+        median norm break the model (nats per token on neutral text), and a broken model has no preference: look at the cost. The
         preference is measured on given texts, not in what the model would write. The last texts
         count as neutral, so a corpus without neutral texts needs n_neutral = 0.
 
@@ -243,10 +242,11 @@ class Steering(Analysis):
             "kl": plots.lines(
                 kl,
                 bands=kl_bands,
-                title="How far steering moves the next-token distribution",
+                title=f"At dose {at['dose'].values[-1]:+g} steering moves the next-token distribution by "
+                f"{fmt(float(at['kl_nats'].isel(dose=-1).mean()))} nats.",
                 unit="nats",
-                quantity="KL(unsteered ‖ steered)",
-                caption=f"{about}. After the last token of the pairs' texts. {pairs}",
+                quantity="KL from unsteered to steered",
+                caption=f"{about}. KL(unsteered ‖ steered) after the last token of the pairs' texts. {pairs}",
                 alt="KL divergence against the signed dose, under steering and control directions.",
             ),
         }
