@@ -92,7 +92,7 @@ def test_a_vocabulary_padded_beyond_the_tokenizer() -> None:
     assert len(tokenizer) == 100
     model = TransformersModel.from_loaded(family.model.module, tokenizer, name="padded").load()
     assert model.info.d_vocab == D_VOCAB
-    assert model.decode([3, 99, 100, 127]) == ("w3", "w99", "[100]", "[127]")
+    assert model.decode([3, 99, 100, 127]) == ("w3", "w99", "<unused 100>", "<unused 127>")
     batch = Batch((TokenText((5, 120, 7), ("a", "b", "c")),))
     logits, own = see(model, [Capture("logits", Keep()), Capture("logits", NextToken(D_VOCAB))], batch)
     assert logits["value"].shape == (3, D_VOCAB)
