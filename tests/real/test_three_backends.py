@@ -135,12 +135,12 @@ def _difference(statistic: str, backend: str, found: xr.Dataset, expected: xr.Da
 def _allowed(name: str, variable: str, values: np.ndarray, dataset: xr.Dataset) -> tuple[np.ndarray, str]:
     """The tolerance of each entry, and in words."""
     unit = str(dataset[variable].attrs.get("units", ""))
-    if variable in IDS:
+    if variable in IDS and IDS[variable] in dataset:
         tied = _tied(np.abs(dataset[IDS[variable]].values.astype(np.float64)), variable == "top_id")
         return np.where(tied, np.inf, 0.0), "equal, but at ties"
     if variable in RANKS:
         return 1 + 1e-3 * values, "1 + 0.001 · rank"
-    if variable in DECIDED or dataset[variable].dtype.kind in "iub":
+    if (variable in DECIDED and name not in INTERVENING) or dataset[variable].dtype.kind in "iub":
         return np.zeros_like(values), "equal"
     if variable in AMPLIFIED:
         return np.full_like(values, AMPLIFIED[variable]), f"{AMPLIFIED[variable]:g} nats"
