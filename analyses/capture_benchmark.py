@@ -24,19 +24,13 @@ import numpy as np
 import psutil
 import torch
 import xarray as xr
-from capture_tables import Case, cost_table
+from capture_tables import LENS, STATS, Case, cost_table
 from fresh_processes import MIB, import_case, memory_cases
 from peers import NNsight, TransformerLens, naive
 
 import probekit as pk
-from probekit.reduce import AttentionStats, Norm, Readout, TopMagnitudes
+from probekit.reduce import Norm
 
-STATS = (
-    pk.Capture("pattern", AttentionStats()),
-    pk.Capture("resid_post", Norm()),
-    pk.Capture("resid_post", TopMagnitudes(3)),
-)
-LENS = (pk.Capture("resid_post", Readout(10)),)
 DEMO = pk.demo_texts()
 
 

@@ -10,6 +10,14 @@ import numpy as np
 import xarray as xr
 
 import probekit as pk
+from probekit.reduce import AttentionStats, Norm, Readout, TopMagnitudes
+
+STATS = (
+    pk.Capture("pattern", AttentionStats()),
+    pk.Capture("resid_post", Norm()),
+    pk.Capture("resid_post", TopMagnitudes(3)),
+)
+LENS = (pk.Capture("resid_post", Readout(10)),)
 
 
 @dataclass

@@ -16,19 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from capture_tables import Case, cost_table
+from capture_tables import LENS, STATS, Case, cost_table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import probekit as pk
-from probekit.reduce import AttentionStats, Norm, Readout, TopMagnitudes
 
-STATS = (
-    pk.Capture("pattern", AttentionStats()),
-    pk.Capture("resid_post", Norm()),
-    pk.Capture("resid_post", TopMagnitudes(3)),
-)
-LENS = (pk.Capture("resid_post", Readout(10)),)
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3-8b": {
         "vocab_size": 128_256,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,3 +65,32 @@ def tiny_llama() -> Iterator[Tiny]:
     from helpers import tiny_model
 
     yield tiny_model("llama-grouped")
+
+
+@pytest.fixture(scope="module")
+def smol() -> Any:
+    """SmolLM2-135M-Instruct, loaded anew for each file."""
+    from probekit.models import open_model
+
+    return open_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[None]:
+    """All processors, for products that are large enough."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(os.cpu_count() or 1, 8))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Nothing that the test runs prints or warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from probekit.core import Batch, Capture, Forward, Model, TokenText
 from probekit.engine import Job, run_jobs
 from probekit.reduce import (
     AttentionStats,
+    Field,
     Keep,
     MedianMagnitude,
     NextToken,
@@ -186,6 +187,19 @@ def reducer_classes() -> set[type[Reducer]]:
         own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Reducer)]
         found |= {c for c in own if c.__module__ == module.__name__ and not getattr(c, "__abstractmethods__", None)}
     return found
+
+
+@dataclass(frozen=True)
+class Boom(Reducer):
+    """Raises while the model runs."""
+
+    reads: ClassVar[Any] = "rows"
+
+    def fields(self) -> dict[str, Field]:
+        return {"x": Field(("token",), "1", "never made")}
+
+    def measure(self, piece: Any) -> dict[str, torch.Tensor]:
+        raise ZeroDivisionError("boom")
 
 
 def assert_close(found: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0, what: str = "") -> None:

@@ -25,6 +25,7 @@ from probekit.core import (
     Patch,
     Point,
     Progress,
+    Request,
     check_patch,
 )
 from probekit.reduce import AtPosition, NextToken, Partial, Recorder, Reducer, Rows
@@ -341,6 +342,20 @@ class CapturePass:
             own,
             None if tell is None else (lambda n_rows: tell(row_work * n_rows)),
         )
+
+
+def require_forward(request: Request, name: str) -> Forward:
+    """The request, if a decoder can serve it.
+
+    Raises:
+        CapabilityError: it is no `Forward`.
+    """
+    if not isinstance(request, Forward):
+        raise CapabilityError(
+            f"{name!r} is a decoder and cannot serve {type(request).__name__}; "
+            "open a text-embedding model such as 'all-minilm-l6-v2' for that."
+        )
+    return request
 
 
 def through(taps: Sequence[Tap], values: Tensor) -> Tensor | None:

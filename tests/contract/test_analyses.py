@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from probekit.engine import Job, first_plan, run_jobs
 from probekit.engine import plan as planning
 from probekit.plots import Figure, TokenStrip, figure_json
 from probekit.reduce import vocab_rows
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 NAMES = tuple(name for name, a in analyses().items() if not a.intervenes)  # the others: test_interventions.py
 SHORT: dict[str, Any] = {"horizon": 16}  # the tests' texts are short
@@ -43,16 +43,6 @@ def params_of(name: str, **values: Any) -> dict[str, Any]:
 
 def result_of(name: str, source: str = "scripted", batch: Batch | None = None, **values: Any) -> Result:
     return run(name, model_of(source), batch or texts_of(LENGTHS), **params_of(name, **values))[name]
-
-
-@pytest.fixture(autouse=True)
-def quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """No analysis prints or warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    said = capfd.readouterr()
-    assert (said.out, said.err) == ("", "")
 
 
 def test_there_are_analyses() -> None:

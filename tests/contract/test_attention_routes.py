@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, see, words_tokenizer
+from helpers import Boom, assert_close, see, words_tokenizer
 from reference import allowed, attention_stats, readout
 from routed_families import (
     BLOCKS,
@@ -31,7 +30,7 @@ from probekit.backends.transformers import TransformersModel
 from probekit.backends.transformers.attention_routes import ROUTES, routed
 from probekit.backends.transformers.attention_switch import Watch
 from probekit.core import CapabilityError, Capture, Forward, KnockOut, LogitDifference, ModelError, Patch
-from probekit.reduce import AttentionStats, Field, Keep, Norm, Readout, Reducer
+from probekit.reduce import AttentionStats, Keep, Norm, Readout
 from probekit.reduce.attention_blocks import AttentionBlock
 
 
@@ -130,19 +129,6 @@ def test_knock_out_equals_a_naive_masked_softmax(name: str) -> None:
     assert_close(only_cut, z["value"].values, atol=1e-6, what="cut without watching")
 
 
-@dataclass(frozen=True)
-class _Boom(Reducer):
-    """Raises while the model runs."""
-
-    reads = "rows"
-
-    def fields(self) -> dict[str, Field]:
-        return {"x": Field(("token",), "1", "never made")}
-
-    def measure(self, piece: Any) -> dict[str, torch.Tensor]:
-        raise ZeroDivisionError("boom")
-
-
 def _own(one: Routed) -> list[dict[str, Any]]:
     """What each attention module has of its own beyond its class, by layer."""
     blocks = one.model.module.get_submodule(BLOCKS)
@@ -176,7 +162,7 @@ def test_model_is_left_as_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert _own(one) == before
     for site in ("k.1", "z.2", "resid_post.1"):
         with pytest.raises(ZeroDivisionError, match="boom"):
-            one.model.execute(Forward((Capture("pattern", AttentionStats()), Capture(site, _Boom()))), routed_batch())
+            one.model.execute(Forward((Capture("pattern", AttentionStats()), Capture(site, Boom()))), routed_batch())
         assert _own(one) == before
     assert one.model.module.config._attn_implementation == implementation
     assert not any("forward" in own for own in before)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import (
     EVERYTHING,
+    Boom,
     Tiny,
     assert_same,
     random_weights,
@@ -27,31 +28,17 @@ from helpers import (
 from probekit.backends.self_check import self_check
 from probekit.backends.transformers import TransformersModel, architectures
 from probekit.core import Capture, Forward, Patch, Request, SelfCheckError
-from probekit.reduce import Field, Reducer
 
 LENGTHS = (21, 1, 13, 40)
 
 
 @dataclass(frozen=True)
-class _Boom(Reducer):
-    """Raises while the model runs."""
-
-    reads: ClassVar = "rows"
-
-    def fields(self) -> dict[str, Field]:
-        return {"x": Field(("token",), "1", "never made")}
-
-    def measure(self, piece: Any) -> dict[str, torch.Tensor]:
-        raise ZeroDivisionError("boom")
-
-
-@dataclass(frozen=True)
-class _BoomAttention(_Boom):
+class _BoomAttention(Boom):
     reads: ClassVar = "attention"
 
 
 @dataclass(frozen=True)
-class _BoomVocab(_Boom):
+class _BoomVocab(Boom):
     reads: ClassVar = "vocab"
 
 
@@ -106,7 +93,7 @@ def test_model_is_left_as_found(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize(
     "capture",
-    [Capture("pattern", _BoomAttention()), Capture("resid_mid", _Boom()), Capture("resid_post", _BoomVocab())],
+    [Capture("pattern", _BoomAttention()), Capture("resid_mid", Boom()), Capture("resid_post", _BoomVocab())],
     ids=["attention", "rows", "vocab"],
 )
 def test_model_is_left_as_found_after_a_failure(tiny: Tiny, capture: Capture) -> None:

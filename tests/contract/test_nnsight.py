@@ -21,6 +21,7 @@ import torch
 from helpers import (
     D_MODEL,
     EVERYTHING,
+    Boom,
     assert_close,
     assert_same,
     random_weights,
@@ -50,7 +51,7 @@ from probekit.core import (
     SelfCheckError,
 )
 from probekit.models import open_model
-from probekit.reduce import AttentionStats, Field, Keep, Norm, Reducer, TopMagnitudes
+from probekit.reduce import AttentionStats, Keep, Norm, TopMagnitudes
 
 KINDS = ("llama-grouped", "gpt2", "mistral", "qwen2")
 LENGTHS = (21, 1, 13, 40)
@@ -319,18 +320,7 @@ def _left_as_found(*modules: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Boom(Reducer):
-    reads: ClassVar = "rows"
-
-    def fields(self) -> dict[str, Field]:
-        return {"x": Field(("token",), "1", "never made")}
-
-    def measure(self, piece: Any) -> dict[str, torch.Tensor]:
-        raise ZeroDivisionError("boom")
-
-
-@dataclass(frozen=True)
-class _BoomAttention(_Boom):
+class _BoomAttention(Boom):
     reads: ClassVar = "attention"
 
 
@@ -343,7 +333,7 @@ def test_both_models_are_left_as_found(kind_: str) -> None:
     before = see(native, EVERYTHING, texts_of(LENGTHS))
     with _left_as_found(model.module, native.module):
         model.execute(Forward(EVERYTHING, (Patch("resid_pre.1", 0.5),)), texts_of(LENGTHS))
-    for capture in (Capture("pattern", _BoomAttention()), Capture("resid_mid", _Boom())):
+    for capture in (Capture("pattern", _BoomAttention()), Capture("resid_mid", Boom())):
         with _left_as_found(model.module, native.module), pytest.raises(ZeroDivisionError, match="boom"):
             model.execute(Forward((*EVERYTHING, capture)), texts_of(LENGTHS))
     for a, b in zip(see(native, EVERYTHING, texts_of(LENGTHS)), before, strict=True):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from helpers import (
     D_VOCAB,
     EVERYTHING,
+    Boom,
     Tiny,
     assert_close,
     assert_same,
@@ -51,7 +52,7 @@ from probekit.core import (
     SelfCheckError,
 )
 from probekit.engine import run_pass
-from probekit.reduce import AttentionStats, Field, Keep, Norm, Reducer
+from probekit.reduce import AttentionStats, Keep, Norm
 
 LENGTHS = (21, 1, 13, 140)  # one is longer than a block of queries
 BATCH = texts_of(LENGTHS, D_VOCAB)
@@ -227,17 +228,6 @@ def test_gradients_equal_the_native_ones(kind: str) -> None:
 # --- as found -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Boom(Reducer):
-    reads: ClassVar = "rows"
-
-    def fields(self) -> dict[str, Field]:
-        return {"x": Field(("token",), "1", "never made")}
-
-    def measure(self, piece: Any) -> dict[str, torch.Tensor]:
-        raise ZeroDivisionError("boom")
-
-
 def _state(of: Any) -> dict[str, Any]:
     """Everything about the modules of a bridge, or of a model, that somebody could have changed."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -280,7 +270,7 @@ def test_a_bridge_that_was_handed_over_is_left_as_found(handed_over: Any, fails:
     before = _state((handed_over, handed_over.original_model))
     model = probekit.open_model(handed_over)
     assert isinstance(model, TransformerLensModel) and model.bridge is handed_over
-    captures = (*EVERYTHING, *([Capture("resid_mid", _Boom())] if fails else []))
+    captures = (*EVERYTHING, *([Capture("resid_mid", Boom())] if fails else []))
     patches = (Patch("resid_pre.1", 0.5), Patch("pattern.1", KnockOut(queries=[-1])))
     fired = len(handed_over.fired)
     try:

@@ -6,8 +6,6 @@ number, at position 0 of the stream after block 11. And generation under patches
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,26 +16,11 @@ import probekit as pk
 from probekit.core import Batch, Capture, Forward
 from probekit.demo import demo_texts
 from probekit.engine import run_pass
-from probekit.models import open_model
 from probekit.reduce import Keep, NextToken, TopMagnitudes
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("threads")]
 LAYER, DIM = 11, 507
 SURPRISAL = Capture("logits", NextToken(1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """All processors, for products that are large enough."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(os.cpu_count() or 1, 8))
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def smol() -> Any:
-    return open_model("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="module")

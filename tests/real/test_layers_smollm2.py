@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers import assert_close, run
 
-from probekit.models import open_model
-
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("threads")]
 TEXTS = (
     "The keeper of the lighthouse wrote down the weather every evening, whether or not anything had happened. On most "
     "days the wind came from the west and smelled of salt and cut grass.",
     "Her brother kept an orchard a day's walk inland. He grew apples, plums and a few stubborn pears, and he sold them "
     "at the market on Saturdays from the back of a cart.",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """All processors, for products that are large enough."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(os.cpu_count() or 1, 8))
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def smol() -> Any:
-    return open_model("smollm2-135m-instruct")
 
 
 def test_deletion_hurts_at_both_ends_and_at_the_writer_of_the_massive_activation(smol: Any) -> None:

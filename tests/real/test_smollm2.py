@@ -7,8 +7,6 @@ kernels, so their own rounding separates them. How close "equal" is, is stated w
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,6 @@ from reference import allowed, attention_stats, readout, received_within
 
 from probekit.analysis import Results
 from probekit.core import Batch, Capture
-from probekit.models import open_model
 from probekit.reduce import (
     AttentionStats,
     Keep,
@@ -33,7 +30,7 @@ from probekit.reduce import (
     TopMagnitudes,
 )
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("threads")]
 LIGHTHOUSE = (
     "The keeper of the lighthouse wrote down the weather every evening, whether or not anything had happened. On most "
     "days the wind came from the west and smelled of salt and cut grass. When it turned to the north, the gulls left "
@@ -59,20 +56,6 @@ CAPTURES = (
     Capture("resid_post", TopMagnitudes(5)),
     Capture("resid_post", MedianMagnitude()),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """All processors, for products that are large enough."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(os.cpu_count() or 1, 8))
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def smol() -> Any:
-    return open_model("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="module")

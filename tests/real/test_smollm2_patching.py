@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers import run
 
 from probekit.analysis import Result
 from probekit.core import Batch
-from probekit.models import open_model
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("threads")]
 CAPITALS = (
     "The capital of France is Paris",
     "The capital of Italy is Rome",
     "The capital of Germany is Berlin",
     "The capital of England is London",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """All processors, for products that are large enough."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(os.cpu_count() or 1, 8))
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def smol() -> Any:
-    return open_model("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ import pytest
 import torch
 from helpers import run
 
-from probekit.models import open_model
-
 pytestmark = pytest.mark.real
 STEMS = (
     "I saw the new film last night and thought it was",
@@ -38,11 +36,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def smol() -> Any:
-    return open_model("smollm2-135m-instruct")
 
 
 def test_sentiment_steers_with_both_signs(smol: Any) -> None:

@@ -22,13 +22,11 @@ Run as a script, it prints the table of largest differences: `python tests/real/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 
 import probekit as pk
@@ -36,7 +34,7 @@ from probekit.analysis import Result, analyses
 from probekit.demo import demo_texts
 from probekit.models import BACKENDS
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("threads")]
 MODEL = "smollm2-135m-instruct"
 OTHERS = tuple(b for b in BACKENDS if b != "transformers")
 NATS, SQUARED_NATS, RELATIVE, FLOOR = 2e-4, 2e-3, 1e-4, 1e-6
@@ -170,17 +168,6 @@ def table(rows: list[Difference]) -> str:
         cells = [f"{mine[b].absolute:.1e} | {mine[b].relative:.1e}" for b in OTHERS]
         lines.append(f"| {statistic} | {' | '.join(cells)} | {mine[OTHERS[0]].allowed} |")
     return "\n".join(lines)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """All processors, for products that are large enough."""
-    import os
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(os.cpu_count() or 1, 8))
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probekit.backends.capture_pass import CapturePass
+from probekit.backends.capture_pass import CapturePass, require_forward
 from probekit.backends.self_check import N_TOKENS, TOLERANCE, self_check
 from probekit.backends.transformers.forward_pass import evaluating
 from probekit.backends.transformers.model import NativeUnembed, TransformersModel
@@ -241,8 +241,7 @@ class NnsightModel:
         Raises:
             CapabilityError: this backend cannot serve the request.
         """
-        if not isinstance(request, Forward):
-            raise CapabilityError(f"{self.native.info.name!r} is a decoder and cannot serve {type(request).__name__}.")
+        request = require_forward(request, self.native.info.name)
         for what, asked in (
             ("gradients", request.gradient_of is not None),
             ("knock-outs of attention edges", any(p.point.site == "pattern" for p in request.patches)),

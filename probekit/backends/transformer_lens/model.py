@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from probekit.backends.capture_pass import CapturePass
+from probekit.backends.capture_pass import CapturePass, require_forward
 from probekit.backends.self_check import self_check
 from probekit.backends.transformers.tokens import token_strings, tokenize, tokenizer_hash
 from probekit.backends.transformers.weights import hash_of
-from probekit.core import Batch, BosPolicy, CapabilityError, Chat, Forward, ModelInfo, Progress, Request
+from probekit.core import Batch, BosPolicy, CapabilityError, Chat, ModelInfo, Progress, Request
 from probekit.reduce import Partial
 
 from .bridge import BridgeUnembed, added, check_bridge, own_weights
@@ -192,11 +192,7 @@ class TransformerLensModel:
         Raises:
             CapabilityError: the request is no `Forward`, or the bridge does not serve a point or a change of it.
         """
-        if not isinstance(request, Forward):
-            raise CapabilityError(
-                f"{self._name!r} is a decoder and cannot serve {type(request).__name__}; "
-                "open a text-embedding model such as 'all-minilm-l6-v2' for that."
-            )
+        request = require_forward(request, self._name)
         with self._lock:
             if self._hooks is None:
                 self.load()

@@ -16,13 +16,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from probekit.backends.capture_pass import require_forward
 from probekit.backends.self_check import self_check
 from probekit.core import (
     Batch,
     BosPolicy,
-    CapabilityError,
     Chat,
-    Forward,
     Generated,
     ModelError,
     ModelInfo,
@@ -243,11 +242,7 @@ class TransformersModel:
         Raises:
             CapabilityError: the request is no `Forward`, or this model lacks a point of it.
         """
-        if not isinstance(request, Forward):
-            raise CapabilityError(
-                f"{self._name!r} is a decoder and cannot serve {type(request).__name__}; "
-                "open a text-embedding model such as 'all-minilm-l6-v2' for that."
-            )
+        request = require_forward(request, self._name)
         with self._lock:
             return run_pass(self, request, batch, progress)
 
