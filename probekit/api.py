@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -60,17 +61,26 @@ def make_batch(
         TextError: a text is empty, too short for an analysis or too long for the model.
         CapabilityError: a chat was asked for, and the model has no tokenizer that could make one.
     """
+    domains: list[str] = []
+    if isinstance(texts, Mapping):
+        domains, texts = _flatten(texts)
     if isinstance(texts, Batch):
         if chat is not False:
             raise InputError("chat applies to texts; these are tokenised already. Give chat to model.tokenize.")
         batch = texts
     else:
         if not isinstance(texts, (str, Sequence)):
-            raise InputError(f"texts must be a string or a list of strings, found {type(texts).__name__}.")
+            raise InputError(
+                f"texts must be a string, a list of strings or a dictionary of such lists by domain, found "
+                f"{type(texts).__name__}."
+            )
         if chat is False:
             batch = model.tokenize([texts] if isinstance(texts, str) else list(texts), bos)
         else:
             batch = _tokenize_chats(model, texts, bos, chat)
+        if domains:
+            named = tuple(replace(t, domain=d) for t, d in zip(batch, domains, strict=True))
+            batch = replace(batch, texts=named)
     if window is not None:
         if window < 2:
             raise InputError(f"window must be at least 2 tokens, found {window}.")
@@ -80,6 +90,22 @@ def make_batch(
             raise TextError(f"No text fills a window of {window} tokens; the longest has {longest}.")
     check_texts(jobs, batch, model.info.context_length)
     return batch
+
+
+def _flatten(texts: Mapping[Any, Any]) -> tuple[list[str], list[Any]]:
+    """The domain of each text, and the texts, of a dictionary of texts by domain."""
+    domains, flat = [], []
+    for domain, some in texts.items():
+        if not isinstance(domain, str) or not domain:
+            raise InputError(f"A dictionary of texts has the names of their domains as keys; found {domain!r}.")
+        listed = [some] if isinstance(some, str) else some
+        if not isinstance(listed, Sequence) or not len(listed):
+            raise InputError(f"The domain {domain!r} holds {some!r}; expected a text or a list of texts.")
+        domains += [domain] * len(listed)
+        flat += list(listed)
+    if not flat:
+        raise TextError("No text was given.")
+    return domains, flat
 
 
 def _tokenize_chats(model: Any, texts: Any, bos: BosPolicy, chat: Chat) -> Batch:
@@ -120,7 +146,8 @@ def run(
     Args:
         names: one name (returns its result), or several, or ["all"] (returns results by name).
         model: an opened model, or anything that `open_model` takes.
-        texts: a text, or a list of texts; a tokenised `Batch` runs as it is.
+        texts: a text, or a list of texts; a dictionary gives texts by domain ({"code": [...], "prose": [...]}) to
+            analyses that compare kinds of text; a tokenised `Batch` runs as it is.
         bos: "model" adds what the tokenizer adds by itself, "always" a beginning-of-sequence token, "never" nothing.
         chat: make each text a user turn in the model's chat template, with the words that open the answer; a string
             is the system message. A text may then be a list of messages ({"role": …, "content": …}), also in JSON.

@@ -126,7 +126,12 @@ def models_command() -> None:
 @click.option("--dtype", help="Type of the weights, such as bfloat16; as stored if left out.")
 @click.option("--device-map", help='Spread a decoder over devices: auto, balanced, …, or JSON such as {"": "cpu"}.')
 @click.option("--text", multiple=True, help="A text; repeat for several.")
-@click.option("--texts", multiple=True, type=click.Path(path_type=Path), help="A .txt file (one text) or .jsonl file.")
+@click.option(
+    "--texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A .txt file (one text) or .jsonl file, whose lines may name a domain.",
+)
 @click.option("--chat", is_flag=True, help="Make each text (or JSON list of messages) a turn in the chat template.")
 @click.option("--system", help="System message of the chats; implies --chat.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html and the numbers.")
@@ -176,19 +181,28 @@ def _device_map(given: str | None) -> Any:
         raise InputError(f"--device-map: not valid JSON ({error.msg} at column {error.colno}).") from None
 
 
-def _texts(given: Sequence[str], files: Sequence[Path], *, chats: bool = False) -> list[str]:
+def _texts(given: Sequence[str], files: Sequence[Path], *, chats: bool = False) -> list[str] | dict[str, list[str]]:
     from probekit.texts import read_texts
 
-    texts = [*given, *(t for file in files for t in read_texts(file, chats=chats))]
-    if not texts:
+    read = [read_texts(file, chats=chats) for file in files]
+    plain = [*given, *(t for texts in read if isinstance(texts, list) for t in texts)]
+    by_domain: dict[str, list[str]] = {}
+    for texts in read:
+        for domain, some in texts.items() if isinstance(texts, dict) else ():
+            by_domain.setdefault(domain, []).extend(some)
+    if by_domain and plain:
+        raise InputError(
+            f"Some lines name a domain ({', '.join(by_domain)}) and {len(plain)} texts have none. Give all of them one."
+        )
+    if not (by_domain or plain):
         raise InputError('No text was given. Use --text "…" or --texts FILE.txt|.jsonl.')
-    return texts
+    return by_domain or plain
 
 
 def _execute(
     names: Sequence[str],
     spec: str | None,
-    texts: list[str],
+    texts: list[str] | dict[str, list[str]],
     out: Path | None,
     only_plan: bool,
     bos: Any,
@@ -210,7 +224,8 @@ def _execute(
         raise InputError("Say where the report goes with --out DIR, or ask for --plan.")
     if out is not None:
         check_writable(out)
-    for i, text in enumerate(texts):
+    listed = [t for some in texts.values() for t in some] if isinstance(texts, dict) else texts
+    for i, text in enumerate(listed):
         if not text.strip():
             raise InputError(f"Text {i} is empty. Every text needs at least one visible character.")
     common: dict[str, Any] = {

@@ -171,7 +171,9 @@ class PairSweep:
                 for p in cell.patches
             )
             rows = tuple(self.batch.index[cell.text] for cell in some)
-            trace = yield Forward((self.spec.answer,), patches, rows=rows)
+            trace = yield Forward(
+                (self.spec.answer,), patches, rows=rows, why="activations of the other run patched in"
+            )
             found = self._read(trace[self.spec.answer]["value"].values, np.array([cell.text for cell in some]))
             for row, cell in enumerate(some):
                 for name, grid in cell.grid.items():
@@ -219,7 +221,7 @@ class PairSweep:
         """Every effect to first order: how far the activation would move, times the metric's slope there."""
         right, wrong = (tuple(map(int, ids)) for ids in (self.right, self.wrong))
         metric = LogitDifference(right, wrong, self.spec.position)
-        slopes = yield Forward(self.spec.keeps, texts=self.batch.index, gradient_of=metric)
+        slopes = yield Forward(self.spec.keeps, texts=self.batch.index, gradient_of=metric, why="slopes of the answer")
         swept = np.isin(self.row, self.runs) & (self.batch.pos <= self.ends[self.row])
         for capture in self.spec.keeps:
             site = capture.point.site

@@ -1,4 +1,4 @@
-"""Reading the user's texts: a .txt file is one text, a .jsonl file one text a line."""
+"""Reading the user's texts: a .txt file is one text, a .jsonl file one text a line, each perhaps with its domain."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from probekit.core import InputError, TextError
 
 
-def read_texts(path: str | Path, *, chats: bool = False) -> list[str]:
-    """The texts of a file.
+def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | dict[str, list[str]]:
+    """The texts of a file; by domain, where every line of a .jsonl file names one in `domain`.
 
     Args:
         path: a .txt file (one text) or a .jsonl file (an object with a string `text` on each line).
@@ -35,8 +35,15 @@ def read_texts(path: str | Path, *, chats: bool = False) -> list[str]:
         raise TextError(f"{path} is empty.")
     if path.suffix == ".txt":
         return [content]
-    lines = enumerate(content.splitlines(), start=1)
-    return [_text_of(path, number, line, chats) for number, line in lines if line.strip()]
+    lines = [(n, line) for n, line in enumerate(content.splitlines(), start=1) if line.strip()]
+    texts = [_text_of(path, number, line, chats) for number, line in lines]
+    domains = [json.loads(line).get("domain") for _, line in lines]
+    if not any(domains):
+        return texts
+    for (number, _), domain in zip(lines, domains, strict=True):
+        if not isinstance(domain, str) or not domain:
+            raise InputError(f"{path}, line {number}: other lines name a domain; found {domain!r} as this one's.")
+    return {d: [t for t, own in zip(texts, domains, strict=True) if own == d] for d in dict.fromkeys(domains)}
 
 
 def _text_of(path: Path, number: int, line: str, chats: bool) -> str:

@@ -43,7 +43,8 @@ PARTS: dict[str, May] = {
     "engine":      May("core reduce analysis _version"),
     "sweeps":      May("core reduce stats"),
     "contrasts":   May("core"),
-    "phenomena":   May("core reduce plots stats sweeps contrasts analysis"), # and never one another
+    "extremes":    May("core"),
+    "phenomena":   May("core reduce plots stats sweeps contrasts extremes analysis"), # and never one another
     "reporting":   May("core analysis plots"),
     "activation_cache": May("core reduce engine",                  "models"),
     "models":      May("core catalog",                             "backends"),

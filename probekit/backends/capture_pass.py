@@ -8,7 +8,7 @@ the residual streams it held and hands out one `Partial` per capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -35,10 +35,10 @@ from probekit.reduce.unembed import Unembed
 from probekit.reduce.vocab_rows import project, stream_readout
 from probekit.reduce.vocab_tiles import stream_readout_tiles
 
+from .block_taps import Tap, whole_block_taps
 from .direct import show_directions
 from .edits import Cut, apply_edit, cut_of
 
-Tap = Callable[[Tensor], Tensor | None]  # axes text, position, then the site's own
 # The readout has a final norm of its own and the middle norm may read a copy: changes there would be lost.
 _READ_ONLY = frozenset({"resid_mid", "final_norm", "logits", "router"})
 
@@ -54,6 +54,10 @@ class Tapped(Protocol):
     @property
     def unembed(self) -> Unembed:
         """The way from a residual row to logits."""
+        ...
+
+    def output_gram(self, layer: int) -> Tensor:
+        """W_O^h (W_O^h)^T of each query head of a block; axes head, d_head, d_head."""
         ...
 
 
@@ -133,7 +137,12 @@ class CapturePass:
         if metric is None:
             return
         logits = any(r.point.site == "logits" for r in self.recorders)
-        if self.attention or self.cuts or logits or any(r.reducer.reads in ("vocab", "direct") for r in self.recorders):
+        if (
+            self.attention
+            or self.cuts
+            or logits
+            or any(r.reducer.reads not in ("rows", "attention") for r in self.recorders)
+        ):
             raise CapabilityError(
                 "Gradients are seen at points with rows of numbers (residual streams, outputs, q, k, v, z); "
                 "ask for attention statistics, lenses, logits and knock-outs in a request without gradient_of."
@@ -169,6 +178,11 @@ class CapturePass:
         """Layers whose attention probabilities are wanted."""
         return frozenset(layer for r in self.attention for layer in r.layers)
 
+    @property
+    def wants_scores(self) -> bool:
+        """Whether attention scores are wanted beside the probabilities."""
+        return any(r.reducer.wants_scores for r in self.attention)
+
     def on_block(self, layer: int, block: AttentionBlock) -> None:
         """Show a block of a layer's attention probabilities to whoever wants them."""
         for recorder in self.attention:
@@ -187,6 +201,8 @@ class CapturePass:
             if recorder.reducer.reads == "rows" and recorder.point.site != "logits":
                 for layer in recorder.layers:
                     taps.setdefault((recorder.point.site, layer), []).append(self._show(recorder, layer))
+        for place, tap in whole_block_taps(self.recorders, self.model, self.pack, self.batch.lengths):
+            taps.setdefault(place, []).append(tap)
         for site, layer in dict.fromkeys((r.point.site, layer) for r in self.direct for layer in r.layers):
             if site != "logits":
                 taps.setdefault((site, layer), []).append(self._hold_for_direct(site, layer))

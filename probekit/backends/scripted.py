@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from probekit.core import (
     CapabilityError,
     Forward,
     ModelInfo,
+    Patch,
     Progress,
     Request,
     TextError,
     TokenText,
 )
-from probekit.reduce import Partial, Recorder, Reducer, Rows
+from probekit.reduce import BlockRows, Partial, Recorder, Reducer, Rows, ValueRows
 from probekit.reduce.attention_blocks import AttentionBlock
 from probekit.reduce.vocab_rows import project, stream_readout
 
@@ -35,13 +37,20 @@ class Script:
     Args:
         resid: residual stream after each block; axes layer, token, d_model.
         pattern: attention probabilities; axes layer, head, query, key; zero where the query cannot see.
+        mlp: what the MLPs added to the stream, the rest being attention's; axes layer, token, d_model; 0 if None.
+        key: axes layer, token, head, d_head; 0 if None. They have no part in `pattern`.
+        value: axes layer, token, head, d_head; 0 if None.
     """
 
     resid: np.ndarray
     pattern: np.ndarray
+    mlp: np.ndarray | None = None
+    key: np.ndarray | None = None
+    value: np.ndarray | None = None
 
 
 Play = Callable[[TokenText], Script]
+Respond = Callable[[TokenText, Script, tuple[Patch, ...]], Script]  # what patches of this text make of its script
 
 
 class ScriptedModel:
@@ -57,12 +66,17 @@ class ScriptedModel:
         d_vocab: size of the vocabulary.
         unembedding: axes vocab, d_model; a fixed random matrix if None. There is no final norm.
         block: queries per attention block.
+        respond: what patches make of a script, for planted causes; patches are refused if None. Is given the patches
+            that apply to the text, in the order of the request.
+        bos_id: id of the beginning-of-sequence token; None for none.
     """
 
     def __init__(
         self,
         play: Play,
         *,
+        respond: Respond | None = None,
+        bos_id: int | None = None,
         n_layers: int = 4,
         n_heads: int = 3,
         d_model: int = 16,
@@ -70,7 +84,7 @@ class ScriptedModel:
         unembedding: np.ndarray | None = None,
         block: int = 32,
     ) -> None:
-        self._play, self._block = play, block
+        self._play, self._block, self._respond = play, block, respond
         if unembedding is None:
             unembedding = np.random.default_rng(0).normal(size=(d_vocab, d_model))
         self.weight = torch.as_tensor(unembedding, dtype=torch.float32)
@@ -92,7 +106,8 @@ class ScriptedModel:
             context_length=None,
             dtype="float32",
             device="cpu",
-            sites=frozenset({"resid_pre", "attn_out", "mlp_out", "resid_post", "pattern", "logits"}),
+            sites=frozenset({*_ROWS, "pattern", "logits"}),
+            bos_id=bos_id,
             **sizes,
         )
 
@@ -135,17 +150,23 @@ class ScriptedModel:
         """Play every text and show it to the reducers.
 
         Raises:
-            CapabilityError: the request is no `Forward`, has patches, or wants a point that no script holds.
+            CapabilityError: the request is no `Forward`, wants a point that no script holds, or has patches where
+                nothing was said of what they do.
         """
-        if not isinstance(request, Forward) or request.patches or request.order or request.against:
+        plain = isinstance(request, Forward) and not request.order and not request.against
+        if not isinstance(request, Forward) or not plain or (request.patches and self._respond is None):
             raise CapabilityError(
-                "A scripted model serves Forward requests without patches, order and reference: it has no computation."
+                "A scripted model serves Forward requests without order and reference, and without patches unless it "
+                "is told how to respond: it has no computation."
             )
         parts = [self._one(request, batch.select([i]), progress) for i in range(len(batch))]
         return [Partial.merge([p[i] for p in parts]) for i in range(len(request.captures))]
 
     def _one(self, request: Forward, batch: Batch, progress: Progress | None) -> list[Partial]:
         script = self._play(batch.texts[0])
+        here = tuple(p for p in request.patches if p.texts is None or batch.index[0] in p.texts)
+        if here and self._respond is not None:
+            script = self._respond(batch.texts[0], script, here)
         resid = torch.as_tensor(np.ascontiguousarray(script.resid), dtype=torch.float32)
         last = self.info.n_layers - 1
         recorders = []
@@ -161,7 +182,15 @@ class ScriptedModel:
                 recorder.rows(0, Rows(project(resid[last], self, logits), batch.lengths))
             elif reads == "rows":
                 for layer in recorder.layers:
-                    recorder.rows(layer, Rows(_at(site, resid)[layer], batch.lengths))
+                    recorder.rows(layer, Rows(self._at(site, script)[layer], batch.lengths))
+            elif reads == "values":
+                gram = torch.eye(self.info.d_head).expand(self.info.n_heads, -1, -1)
+                for layer in recorder.layers:
+                    recorder.rows(layer, ValueRows(self._at("v", script)[layer], gram, batch.lengths))
+            elif reads == "block":
+                before, after, mlp = (self._at(s, script) for s in ("resid_pre", "resid_post", "mlp_out"))
+                for layer in recorder.layers:
+                    recorder.rows(layer, BlockRows(before[layer], after[layer], mlp[layer], batch.lengths))
         vocab = [r for r in recorders if r.reducer.reads == "vocab"]
         if vocab:
             stream_readout(
@@ -175,7 +204,7 @@ class ScriptedModel:
         direct = [r for r in recorders if r.reducer.reads == "direct"]
         if direct:
             logits = project(resid[last], self, torch.empty(len(resid[last]), self.info.d_vocab))
-            held = {(r.point.site, i): _at(r.point.site, resid)[i] for r in direct for i in r.layers}
+            held = {(r.point.site, i): self._at(r.point.site, script)[i] for r in direct for i in r.layers}
             show_directions(direct, held, resid[last], logits.topk(2).indices.numpy(), self, batch)
         if progress is not None:
             progress(0.0)
@@ -190,17 +219,30 @@ class ScriptedModel:
                 entropy = torch.special.entr(rows).sum(-1)
                 recorder.attention(layer, AttentionBlock(rows, entropy, rows.amax(-1), start, lengths))
 
+    def _at(self, site: str, script: Script) -> torch.Tensor:
+        """Activations at a site; axes layer, token, then the site's own. The stream starts from zero."""
+        resid = torch.as_tensor(np.ascontiguousarray(script.resid), dtype=torch.float32)
+        before = torch.cat([torch.zeros_like(resid[:1]), resid[:-1]])
+        if site in ("k", "v", "z"):
+            given = script.key if site == "k" else script.value
+            shape = (*resid.shape[:2], self.info.n_heads, self.info.d_head)
+            rows = torch.zeros(shape) if given is None else torch.as_tensor(given, dtype=torch.float32)
+            if site != "z":
+                return rows
+            return torch.einsum("lhqk,lkhd->lqhd", torch.as_tensor(script.pattern, dtype=torch.float32), rows)
+        mlp = torch.zeros_like(resid) if script.mlp is None else torch.as_tensor(script.mlp, dtype=torch.float32)
+        middle = resid - mlp
+        return {
+            "resid_pre": before, "attn_out": middle - before, "resid_mid": middle, "mlp_out": mlp, "resid_post": resid
+        }[site]  # fmt: skip
+
     def with_block(self, block: int) -> ScriptedModel:
         """The same model, showing attention in blocks of another size."""
-        return ScriptedModel(self._play, unembedding=self.weight.numpy(), block=block, **_sizes(self.info))
+        how: dict[str, Any] = {"respond": self._respond, "bos_id": self.info.bos_id, **_sizes(self.info)}
+        return ScriptedModel(self._play, unembedding=self.weight.numpy(), block=block, **how)
 
 
-def _at(site: str, resid: torch.Tensor) -> torch.Tensor:
-    """Activations at a site; axes layer, token, d_model. The stream starts from zero, and only attention writes."""
-    before = torch.cat([torch.zeros_like(resid[:1]), resid[:-1]])
-    if site == "mlp_out":
-        return torch.zeros_like(resid)
-    return {"resid_pre": before, "attn_out": resid - before}.get(site, resid)
+_ROWS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "k", "v", "z")
 
 
 def _sizes(info: ModelInfo) -> dict[str, int]:
@@ -226,7 +268,10 @@ def random_play(
         n = len(text)
         scores = rng.normal(size=(n_layers, n_heads, n, n)) * sharpness
         weights = np.tril(np.exp(scores))
-        return Script(rng.normal(size=(n_layers, n, d_model)), weights / weights.sum(-1, keepdims=True))
+        resid = rng.normal(size=(n_layers, n, d_model))
+        shape = (n_layers, n, n_heads, max(1, d_model // n_heads))
+        parts = {"mlp": rng.normal(size=resid.shape), "key": rng.normal(size=shape), "value": rng.normal(size=shape)}
+        return Script(resid, weights / weights.sum(-1, keepdims=True), **parts)
 
     return play
 
@@ -235,7 +280,6 @@ def planted(play: Play, change: Callable[[TokenText, Script], Script]) -> Play:
     """A script with an effect planted into another one's activations, which are copied first."""
 
     def play_changed(text: TokenText) -> Script:
-        script = play(text)
-        return change(text, replace(script, resid=script.resid.copy(), pattern=script.pattern.copy()))
+        return change(text, copy.deepcopy(play(text)))
 
     return play_changed

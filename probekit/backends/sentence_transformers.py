@@ -107,7 +107,7 @@ class SentenceTransformersModel:
             dtype=str(weight.dtype if weight is not None else self._dtype or c.dtype or "float32").split(".")[-1],
             device=str(weight.device) if weight is not None else "not loaded",
             sites=frozenset(),
-            has_bos=self.tokenizer.bos_token_id is not None,
+            bos_id=self.tokenizer.bos_token_id,
             revision=self._revision,
         )
 

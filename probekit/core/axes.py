@@ -4,7 +4,7 @@ from __future__ import annotations
 
 AXES: dict[str, str] = {
     "text": "index of the text",
-    "token": "position in the texts laid end to end; coordinates text, pos, token_id, token_str",
+    "token": "position in the texts laid end to end; coordinates text, pos, token_id, token_str (and domain)",
     "layer": "block, counted from 0",
     "head": "attention head, counted from 0",
     "query": "position of the query token within its text",

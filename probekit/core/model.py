@@ -36,7 +36,7 @@ class ModelInfo:
         dtype: the weights' type, such as "float32".
         device: where the weights are.
         sites: the sites that can be captured.
-        has_bos: whether the tokenizer has a beginning-of-sequence token.
+        bos_id: id of the tokenizer's beginning-of-sequence token; None if it has none.
         revision: commit or version of the weights, "" if unknown.
     """
 
@@ -55,7 +55,7 @@ class ModelInfo:
     dtype: str
     device: str
     sites: frozenset[str] = field(default=frozenset())
-    has_bos: bool = False
+    bos_id: int | None = None
     revision: str = ""
 
     def as_dict(self) -> dict[str, Any]:

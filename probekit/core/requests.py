@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -129,6 +129,8 @@ class Forward:
             each under its own patches; patches and results then count rows, not texts.
         against: if given, readouts at `resid_post` compare with this run's final distribution (`kl_nats` is
             KL(reference ‖ layer), at the last layer too) instead of their own.
+        inputs: instead of the run's texts: token ids of texts that run in their place, such as random tokens.
+        why: what the pass is for, in a few words, for plans; requests that differ in nothing else share a pass.
     """
 
     captures: tuple[Capture, ...]
@@ -139,15 +141,20 @@ class Forward:
     order: tuple[int, ...] | None = None
     against: Reference | None = None
     rows: tuple[int, ...] | None = None
+    inputs: tuple[tuple[int, ...], ...] | None = None
+    why: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if self.rows is not None and self.texts is not None:
-            raise InputError("A request names the texts that run, or the text of each row; found both.")
+        if sum(x is not None for x in (self.texts, self.rows, self.inputs)) > 1:
+            raise InputError("A request names the texts that run, the text of each row, or inputs; found several.")
+        if self.inputs is not None and not (self.inputs and all(self.inputs)):
+            raise InputError("The inputs of a request are token ids, at least one for each of at least one text.")
 
     @property
     def pass_key(self) -> tuple[object, ...]:
         """Requests with the same key can share one pass."""
-        return self.model, self.patches, self.texts, self.gradient_of, self.order, self.against, self.rows
+        where = self.texts, self.rows, self.inputs
+        return self.model, self.patches, where, self.gradient_of, self.order, self.against
 
 
 @dataclass(frozen=True)

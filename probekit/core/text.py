@@ -21,10 +21,12 @@ class TokenText:
     Args:
         ids: the exact token ids that run, a special first token included if there is one.
         strings: what each id shows as; the same length as `ids`.
+        domain: the kind of text it is, such as "code", for analyses that compare kinds; "" if nobody said.
     """
 
     ids: tuple[int, ...]
     strings: tuple[str, ...]
+    domain: str = ""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.strings):
@@ -103,6 +105,11 @@ class Batch:
         """What each token shows as, axis `token`."""
         return tuple(s for t in self.texts for s in t.strings)
 
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """The kind of each text."""
+        return tuple(t.domain for t in self.texts)
+
     def select(self, which: Sequence[int]) -> Batch:
         """The batch of some of these texts, which keep their corpus index."""
         texts, index = tuple(self.texts[i] for i in which), tuple(self.index[i] for i in which)
@@ -111,7 +118,7 @@ class Batch:
     def windows(self, size: int) -> Batch:
         """Each text cut into consecutive windows of exactly `size` tokens; shorter rests are dropped."""
         cut = [
-            TokenText(t.ids[a : a + size], t.strings[a : a + size])
+            TokenText(t.ids[a : a + size], t.strings[a : a + size], t.domain)
             for t in self.texts
             for a in range(0, len(t) - size + 1, size)
         ]

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 
 def token_coords(batch: Batch) -> dict[str, Any]:
-    """The coordinates of the `token` axis: text, pos, token_id and token_str of every token."""
+    """The coordinates of the `token` axis: text, pos, token_id and token_str of every token; domain if texts have one."""
     # A lone surrogate is no text to the libraries further on; it shows as its escape.
     strings = [s.encode("utf-8", "backslashreplace").decode() for s in batch.strings]
+    domains = np.repeat(np.asarray(batch.domains, dtype=object), batch.lengths)
     return {
+        **({"domain": ("token", domains)} if any(batch.domains) else {}),
         "text": ("token", batch.text_of_token),
         "pos": ("token", batch.pos),
         "token_id": ("token", batch.ids),

@@ -28,7 +28,8 @@ def union(requests: list[Request]) -> list[Forward]:
             raise InputError(f"Expected an analysis to yield Forward requests, found {type(request).__name__}.")
         before = merged.get(request.pass_key)
         captures = dict.fromkeys([*(before.captures if before else ()), *request.captures])
-        merged[request.pass_key] = replace(request, captures=tuple(captures))
+        why = dict.fromkeys(w for w in (before.why if before else "", request.why) if w)
+        merged[request.pass_key] = replace(request, captures=tuple(captures), why="; ".join(why))
     return list(merged.values())
 
 

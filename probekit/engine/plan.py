@@ -14,7 +14,8 @@ from probekit.reduce.sizes import BLOCK, ROWS, TOKENS
 BATCH_TOKENS = 1024  # padded tokens that run together; more gain nothing on a CPU
 ALIKE = 0.8  # texts run together if the shortest has at least this share of the longest's tokens
 HEADROOM = 0.9  # share of the free memory that a plan may use
-READABLE = {"attention": {"pattern"}, "vocab": {"resid_post", "logits"}}  # everything else reads rows
+# What a reducer may look at, by what it reads; everything else reads rows.
+READABLE = {"attention": {"pattern"}, "vocab": {"resid_post", "logits"}, "block": {"resid_post"}, "values": {"v"}}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Plan:
         gflop_forward: arithmetic of the model's own pass.
         gflop_readout: arithmetic of the readouts (logit lens).
         passes: how many passes there are in all; in a result, how many were alike.
+        why: what the pass is for; "" for the one that all analyses share.
+        later: in a plan that was made beforehand, about how many more passes each analysis will ask for.
     """
 
     model: str
@@ -46,6 +49,8 @@ class Plan:
     gflop_forward: float
     gflop_readout: float
     passes: int = 1
+    why: str = ""
+    later: tuple[tuple[str, int], ...] = ()
 
     @property
     def gflop(self) -> float:
@@ -67,6 +72,8 @@ class Plan:
             f"work      {self.gflop_forward:,.0f} GFLOP model + {self.gflop_readout:,.0f} GFLOP readout{rest}",
             "captures  " + "\n          ".join(self.captures),
         ]
+        if self.later:
+            lines.insert(2, "later     " + ", ".join(f"about {n:,} for {name}" for name, n in self.later))
         return "\n".join(lines)
 
 
@@ -124,7 +131,7 @@ def make_plan(request: Forward, batch: Batch, info: ModelInfo, memory_limit: int
     forward, readout = _work(request, batch, info)
     keys = tuple(c.key for c in request.captures)
     n = (len(batch), batch.n_tokens)
-    return Plan(info.name, keys, *n, batches, peak, results, available, forward, readout)
+    return Plan(info.name, keys, *n, batches, peak, results, available, forward, readout, why=request.why)
 
 
 def _reducer(capture: Any) -> Reducer:
@@ -189,6 +196,12 @@ def _pass_bytes(request: Forward, lengths: Sequence[int], info: ModelInfo) -> in
     direct = {c.point: len(info.require(c.point)) for c in request.captures if _reducer(c).reads == "direct"}
     if direct:
         need += n * width * info.d_model * sum(direct.values()) + 4 * 8 * n * info.d_model
+    if "block" in reads:
+        need += n * info.d_model * (3 * width + 3 * 4)
+    if "values" in reads:
+        need += 4 * info.n_heads * info.d_head * (3 * n + info.d_head + info.d_model)
+    if any(getattr(c.reducer, "wants_scores", False) for c in request.captures):
+        need += 3 * 4 * n_texts * info.n_heads * min(longest, BLOCK) * longest
     if "vocab" in reads or direct:
         held = {layer for c in request.captures if _reducer(c).reads == "vocab" for layer in info.require(c.point)}
         need += n * width * info.d_model * len(held | {0})

@@ -10,7 +10,7 @@ import numpy as np
 
 from probekit._version import __version__
 from probekit.analysis import Analysis, Params, Result, Results
-from probekit.core import Batch, Forward, InputError, Model, ModelInfo, TextError, Trace
+from probekit.core import Batch, Forward, InputError, Model, ModelInfo, TextError, TokenText, Trace
 from probekit.reduce import Partial
 
 from .lockstep import run_flows, union
@@ -62,7 +62,9 @@ def first_plan(jobs: Sequence[Job], info: ModelInfo, batch: Batch, memory_limit:
         requests.append(next(flow))
         flow.close()
     passes = count_passes(jobs, info, batch)
-    return [replace(make_plan(r, batch, info, memory_limit), passes=passes) for r in union(requests)]
+    more = [(job.analysis.name, job.analysis.passes(job.params, info, batch) - 1) for job in jobs]
+    later = tuple((name, n) for name, n in more if n > 0)
+    return [replace(make_plan(r, batch, info, memory_limit), passes=passes, later=later) for r in union(requests)]
 
 
 def run_pass(
@@ -85,6 +87,8 @@ def run_pass(
     if request.rows is not None:
         chosen = _rows_of(request.rows, batch, once=False)
         batch = Batch(tuple(batch.texts[i] for i in chosen), batch.bos)  # copies of a text are told apart by their row
+    if request.inputs is not None:
+        batch = _made(request.inputs, model)
     plan = make_plan(request, batch, model.info, memory_limit)
     parts: list[list[Partial]] = []
     tell = None
@@ -98,6 +102,17 @@ def run_pass(
     ids = sorted({int(i) for d in data.values() if "top_id" in d for i in np.unique(d["top_id"].values)})
     vocab = dict(zip(ids, model.decode(ids), strict=True))
     return Trace(batch, model.info, data, vocab), plan
+
+
+def _made(inputs: tuple[tuple[int, ...], ...], model: Model) -> Batch:
+    """Texts of given token ids."""
+    limit, d_vocab = model.info.context_length, model.info.d_vocab
+    for ids in inputs:
+        if limit is not None and len(ids) > limit:
+            raise InputError(f"An analysis made a text of {len(ids):,} tokens; the model reads at most {limit:,}.")
+        if not all(0 <= i < d_vocab for i in ids):
+            raise InputError(f"An analysis made a text with ids outside the vocabulary, 0 to {d_vocab - 1}.")
+    return Batch(tuple(TokenText(ids, model.decode(ids)) for ids in inputs), "never")
 
 
 def _rows_of(texts: Sequence[int], batch: Batch, *, once: bool = True) -> list[int]:

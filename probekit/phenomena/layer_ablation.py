@@ -103,14 +103,14 @@ class LayerAblation(Analysis):
         original = yield Forward((rows, final, _LENS, _LARGEST, _LOCAL))
         batch = original.batch
         against = Reference(Values(original[rows]["value"].values[0]), batch.index, batch.lengths)
-        nothing = yield Forward((final,), (Patch("attn_out.0", 1.0),), against=against)
+        nothing = yield Forward((final,), (Patch("attn_out.0", 1.0),), against=against, why="change nothing")
         identity = nothing[final]["kl_nats"].values[0]
         _check_identity(identity, info)
         cases = ["delete", "swap"] if params.swap and info.n_layers > 1 else ["delete"]
         shape = (len(cases), info.n_layers, batch.n_tokens)
         found = {n: np.full(shape, np.nan) for n in ("kl", "same", "entropy", "loss")}
         for case, layer, patches, order in _ablations(params, info.n_layers):
-            trace = yield Forward((final,), patches, order=order, against=against)
+            trace = yield Forward((final,), patches, order=order, against=against, why=f"{case} blocks")
             for name, values in _changes(original, trace, final).items():
                 found[name][cases.index(case), layer] = values
         return _dataset(original, found, identity, cases, final)

@@ -140,7 +140,7 @@ class Steering(Analysis):
             if doses[d] == 0:
                 continue
             patches = at_layers[i].patches(layers[i], k, doses[d], before.batch, roles)
-            after = yield Forward(SEEN, patches)
+            after = yield Forward(SEEN, patches, why="a direction added to the stream")
             moved = roles.mean_logprobs(_logprob(after), after.batch) - at_start
             kl = _kl(logp, _ending(after))
             seen["change"][i, d, k] = roles.contrast(moved)

@@ -6,11 +6,16 @@ from .direct import DirectRows, LogitDirection, Pair, pair_ids
 from .local_attention import LocalAttention
 from .positions import AtPosition, log_softmax, read_answers
 from .readout import NextToken, Readout
+from .relations import BlockNorms, BlockRows, CosineTo, MlpAlignment, OutputNorm, ValueRows
 from .rows import Keep, MedianMagnitude, Norm, TopMagnitudes
+from .sink_gap import SinkLogitGap
 
 __all__ = [
     "AtPosition",
     "AttentionStats",
+    "BlockNorms",
+    "BlockRows",
+    "CosineTo",
     "DirectRows",
     "Field",
     "Keep",
@@ -18,8 +23,10 @@ __all__ = [
     "LogitDirection",
     "Maps",
     "MedianMagnitude",
+    "MlpAlignment",
     "NextToken",
     "Norm",
+    "OutputNorm",
     "Pair",
     "Partial",
     "Readout",
@@ -27,7 +34,9 @@ __all__ = [
     "Recorder",
     "Reducer",
     "Rows",
+    "SinkLogitGap",
     "TopMagnitudes",
+    "ValueRows",
     "log_softmax",
     "pair_ids",
     "read_answers",

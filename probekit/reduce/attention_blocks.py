@@ -23,8 +23,10 @@ class AttentionBlock:
 
     Args:
         probs: axes text, head, query, key; keys run from 0 to the last one any of these queries sees.
-            Rows of padding are zero. With a learned sink, rows sum to less than 1.
-        entropy_nats: entropy of each row, a learned sink counted as one more outcome; axes text, head, query.
+            Rows of padding are zero. With a learned sink, rows sum to less than 1. With ReLU attention these are the
+            weights that multiply the values, and a row sums to anything from 0 on.
+        entropy_nats: entropy of each row, a learned sink counted as one more outcome; axes text, head, query. With
+            ReLU attention that of the row divided by its sum, and 0 for a row of zeros.
         max: largest entry of each row; axes text, head, query.
         start: position of the first query.
         lengths: tokens per text.
@@ -32,6 +34,9 @@ class AttentionBlock:
         first_head: head that the head axis begins with.
         n_heads: heads of the layer; those of `probs` if None.
         counts: remembers `seen` of plain causal blocks, which are the same in every layer of a pass.
+        scores: what the softmax (or ReLU) read, in the axes of `probs`; `MASKED` or less where the mask hides a pair. None
+            unless they were asked for, and where a backend knows probabilities only.
+        normalised: whether each row is a distribution over its keys (and a learned sink); False with ReLU attention.
     """
 
     probs: Tensor
@@ -43,6 +48,8 @@ class AttentionBlock:
     first_head: int = 0
     n_heads: int | None = None
     counts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
+    normalised: bool = True
 
     def column_sums(self, before: int | None = None) -> Tensor:
         """Attention each key receives from these queries; axes text, head, key.
@@ -98,6 +105,9 @@ class AttentionMath:
             as in gpt-oss (arXiv 2508.10925).
         cut: if set, is given a block's scores (text, head, query, key), its heads and its first query,
             and sets the edges that are knocked out to `MASKED`.
+        keep_scores: whether blocks carry their scores.
+        relu: weights are max(score, 0) / (query + 1), with the query's position counted from 0, instead of a softmax
+            (arXiv 2410.13835, section 2). Masked and cut pairs weigh 0, and no other weight changes with them.
     """
 
     scaling: float
@@ -108,6 +118,8 @@ class AttentionMath:
     bias: Tensor | None = None
     sinks: Tensor | None = None
     cut: Callable[[Tensor, slice, int], None] | None = None
+    keep_scores: bool = False
+    relu: bool = False
 
     def added(self, heads: slice, start: int, stop: int) -> Tensor | None:
         """The bias of a block; axes text (or 1), head (or 1), query (or 1), key up to `stop`."""
@@ -233,7 +245,9 @@ def whole_attention(query: Tensor, key: Tensor, value: Tensor, how: AttentionMat
     if how.cut is not None:
         scores = scores.clone()
         how.cut(scores, slice(0, query.shape[1]), start)
-    if how.sinks is not None:
+    if how.relu:
+        probs = torch.relu(scores) / _row_numbers(start, query.shape[2], scores.device)
+    elif how.sinks is not None:
         column = how.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
         probs = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
     else:
@@ -279,6 +293,11 @@ def _normalise(
     if how.cut is not None:
         how.cut(scores, heads, start)
     probs = scratch.view(1, tuple(scores.shape), scores.device)
+    kept = scores if how.keep_scores else None
+    if how.relu:
+        entropy, largest = _rectify(scores, start, probs)
+        place_and_texts = (start, lengths, visible, heads.start, n_heads, scratch.counts)
+        return AttentionBlock(probs, entropy, largest, *place_and_texts, kept, normalised=False)
     if how.log_sum is not None:
         log_sum = how.log_sum[:, heads, start : start + n_queries]
         torch.sub(scores, log_sum[..., None], out=probs).exp_()
@@ -296,5 +315,19 @@ def _normalise(
         probs *= left[..., None]
         largest, by_sink = largest * left, (sink - log_sum).exp() * sink
     # H = log Z - sum p s; masked entries add p s = 0.
-    entropy = (log_sum - scores.mul_(probs).sum(-1) - by_sink).clamp_(min=0)
-    return AttentionBlock(probs, entropy, largest, start, lengths, visible, heads.start, n_heads, scratch.counts)
+    products = torch.mul(scores, probs) if how.keep_scores else scores.mul_(probs)
+    entropy = (log_sum - products.sum(-1) - by_sink).clamp_(min=0)
+    return AttentionBlock(probs, entropy, largest, start, lengths, visible, heads.start, n_heads, scratch.counts, kept)
+
+
+def _rectify(scores: Tensor, start: int, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of ReLU attention into `probs`; entropy and largest weight of each row."""
+    torch.div(scores.clamp(min=0), _row_numbers(start, scores.shape[2], scores.device), out=probs)
+    total = probs.sum(-1, keepdim=True)
+    share = probs / total.where(total > 0, 1)
+    return torch.special.entr(share).sum(-1), probs.amax(-1)
+
+
+def _row_numbers(start: int, n: int, device: torch.device) -> Tensor:
+    """Start + 1, start + 2, … of `n` queries; axes query, 1."""
+    return torch.arange(start + 1, start + n + 1, device=device, dtype=torch.float32)[:, None]

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
     from .attention_blocks import AttentionBlock
     from .direct import DirectRows
+    from .relations import BlockRows, ValueRows
     from .vocab_rows import VocabRows
     from .vocab_tiles import VocabNumbers
 
-Reads = Literal["rows", "attention", "vocab", "direct"]
+Reads = Literal["rows", "attention", "vocab", "direct", "block", "values"]
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,13 @@ class Reducer(ABC):
     """Base of all reducers; subclasses are frozen dataclasses whose fields are plain values.
 
     Attributes:
-        reads: what `measure` is shown: `Rows` of one layer, an `AttentionBlock`, `VocabRows`, or `DirectRows`.
+        reads: what `measure` is shown: `Rows` of one layer, an `AttentionBlock`, `VocabRows`, `DirectRows`,
+            `BlockRows` or `ValueRows`.
+        wants_scores: for attention, whether the scores before the softmax are read too.
     """
 
     reads: ClassVar[Reads]
+    wants_scores: ClassVar[bool] = False
 
     @property
     def key(self) -> str:
@@ -240,7 +244,7 @@ class Recorder:
             self._arrays[name] = like.new_zeros((len(self.layers), *shape))
         return self._arrays[name]
 
-    def rows(self, layer: int, rows: Rows | DirectRows) -> None:
+    def rows(self, layer: int, rows: Rows | DirectRows | BlockRows | ValueRows) -> None:
         """Record one layer's activations."""
         for name, values in self.reducer.measure(rows).items():
             array = self._array(name, tuple(values.shape), values)

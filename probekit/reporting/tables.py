@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -72,11 +72,29 @@ def provenance_groups(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple
     """The manifest as groups of rows: a mapping makes a group, everything else goes into the first one."""
     general, groups = [], []
     for key, value in manifest.items():
-        if isinstance(value, Mapping):
+        if key == "plan" and isinstance(value, list) and value and all(isinstance(p, Mapping) for p in value):
+            groups.append(("passes", _passes(value)))
+        elif isinstance(value, Mapping):
             groups.append((_words(key), list(_flatten("", value))))
         else:
             general.append((_words(key), _plain(value)))
     return [g for g in [("run", general), *groups] if g[1]]
+
+
+def _passes(plans: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How many passes ran, what each kind was for, and what it took."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for plan in plans:
+        kinds.setdefault(plan.get("why") or "what the analyses look at first, shared by all of them", []).append(plan)
+    total = sum(plan.get("passes", 1) for plan in plans)
+    rows = [("in all", f"{total:,} pass{'es' * (total != 1)} through the model")]
+    for why, alike in kinds.items():
+        n = sum(p.get("passes", 1) for p in alike)
+        tokens = sum(p.get("passes", 1) * p.get("n_tokens", 0) for p in alike)
+        memory = max(p.get("peak_bytes", 0) for p in alike) / 2**20
+        what = f"{n:,} pass{'es' * (n != 1)}, {tokens:,} tokens, at most {memory:,.0f} MiB above the model"
+        rows.append((printable(why), what))
+    return rows
 
 
 def _flatten(prefix: str, value: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -19,17 +19,22 @@ from probekit.core import SITES, Capture, Forward, Point
 from probekit.reduce import (
     AtPosition,
     AttentionStats,
+    BlockNorms,
+    CosineTo,
     Keep,
     LocalAttention,
     LogitDirection,
     MedianMagnitude,
+    MlpAlignment,
     NextToken,
     Norm,
+    OutputNorm,
     Partial,
     Readout,
     ReceivedWithin,
     Recorder,
     Reducer,
+    SinkLogitGap,
     TopMagnitudes,
     vocab_rows,
 )
@@ -46,6 +51,11 @@ INSTANCES: dict[type[Reducer], tuple[Reducer, ...]] = {
     Norm: (Norm(),),
     TopMagnitudes: (TopMagnitudes(), TopMagnitudes(1), TopMagnitudes(10)),
     MedianMagnitude: (MedianMagnitude(),),
+    CosineTo: (CosineTo(), CosineTo(-1)),
+    BlockNorms: (BlockNorms(),),
+    MlpAlignment: (MlpAlignment(), MlpAlignment(-1)),
+    OutputNorm: (OutputNorm(),),
+    SinkLogitGap: (SinkLogitGap(),),
 }
 LENGTHS = (33, 1, 70, 9, 8, 40)
 INTEGERS = {"dim", "top_id"}
@@ -54,7 +64,7 @@ every_reducer = pytest.mark.parametrize("reducer", ALL, ids=lambda r: r.key)
 
 
 def capture_of(reducer: Reducer) -> Capture:
-    site = {"rows": "resid_post", "attention": "pattern", "vocab": "resid_post", "direct": "resid_post"}[reducer.reads]
+    site = {"attention": "pattern", "values": "v"}.get(reducer.reads, "resid_post")
     return Capture("logits" if isinstance(reducer, NextToken) else site, reducer)
 
 
@@ -158,6 +168,7 @@ def test_one_token_text(reducer: Reducer) -> None:
     data = see(scripted(), [capture_of(reducer)], texts_of((1,)))[0]
     undefined = {"logprob_nats", "target_rank"} | ({"received"} if isinstance(reducer, ReceivedWithin) else set())
     undefined |= {"projection"} if reducer == LogitDirection("target") else set()
+    undefined |= {"gap_nats"}
     for name, array in data.data_vars.items():
         if name in undefined:
             assert np.isnan(array.values).all(), name

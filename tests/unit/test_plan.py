@@ -86,7 +86,7 @@ def test_results_take_what_the_plan_says() -> None:
         ),
         (Capture("resid_pre", Readout()), "reads vocab and cannot look at 'resid_pre'"),
         (Capture("pattern", Norm()), "reads rows and cannot look at 'pattern'"),
-        (Capture("z", Norm()), "has no point 'z'"),
+        (Capture("mlp_act", Norm()), "has no point 'mlp_act'"),
     ],
 )
 def test_a_reducer_that_cannot_read_a_point_is_refused_before_the_run(capture: Capture, message: str) -> None:

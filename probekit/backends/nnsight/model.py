@@ -30,6 +30,7 @@ from probekit.backends.capture_pass import CapturePass, require_forward
 from probekit.backends.self_check import N_TOKENS, TOLERANCE, self_check
 from probekit.backends.transformers.forward_pass import evaluating
 from probekit.backends.transformers.model import NativeUnembed, TransformersModel
+from probekit.backends.transformers.weights import OUTPUT_PROJECTIONS, output_gram
 from probekit.core import (
     Batch,
     BosPolicy,
@@ -48,7 +49,7 @@ from probekit.core import (
 from probekit.reduce import Keep, Partial
 from probekit.reduce.unembed import Unembed
 
-from .visits import ATTENTION_INPUT, ORDER, OUTPUT_PROJECTIONS, MapWatch, Visit, eager, make_visits, tapped
+from .visits import ATTENTION_INPUT, ORDER, MapWatch, Visit, eager, make_visits, tapped
 
 try:
     import nnsight
@@ -221,6 +222,17 @@ class NnsightModel:
             with model.trace(ids, use_cache=False, remote=remote):
                 logits = nnsight.save(model.output.logits)
             return logits[0].float().cpu().numpy()
+
+    def output_gram(self, layer: int) -> Tensor:
+        """W_O^h (W_O^h)^T of each query head of a block; axes head, d_head, d_head.
+
+        Raises:
+            CapabilityError: the weights are on a server.
+        """
+        if self.remote:
+            raise CapabilityError("Values cannot be seen through W_O of a remote model: its weights are on a server.")
+        attention = self.module.get_submodule(self._place("pattern", layer)[0])
+        return output_gram(attention, self.info.n_heads, self.info.d_head)
 
     @property
     def unembed(self) -> Unembed:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probekit.backends.capture_pass import CapturePass, Tap, through
+from probekit.backends.block_taps import Tap
+from probekit.backends.capture_pass import CapturePass, through
 from probekit.core import CapabilityError
 from probekit.reduce.attention_blocks import AttentionBlock
 from probekit.reduce.sizes import BLOCK
@@ -31,7 +32,6 @@ ORDER = {
     "final_norm": 11,
 }
 ATTENTION_INPUT = 2
-OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense")  # what families call it; its input is z
 
 
 @dataclass

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probekit.backends.capture_pass import CapturePass, Tap, through
+from probekit.backends.block_taps import Tap
+from probekit.backends.capture_pass import CapturePass, through
 from probekit.backends.edits import Cut
 from probekit.backends.self_check import N_TOKENS
 from probekit.backends.transformers.forward_pass import evaluating

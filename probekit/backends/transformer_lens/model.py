@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from probekit.backends.capture_pass import CapturePass, require_forward
 from probekit.backends.self_check import self_check
 from probekit.backends.transformers.tokens import token_strings, tokenize, tokenizer_hash
-from probekit.backends.transformers.weights import hash_of
+from probekit.backends.transformers.weights import hash_of, output_gram
 from probekit.core import Batch, BosPolicy, CapabilityError, Chat, ModelInfo, Progress, Request
 from probekit.reduce import Partial
 
@@ -136,7 +137,7 @@ class TransformerLensModel:
             dtype=str(weight.dtype).removeprefix("torch."),
             device=str(weight.device),
             sites=frozenset(sites),
-            has_bos=self._bridge.tokenizer.bos_token_id is not None,
+            bos_id=self._bridge.tokenizer.bos_token_id,
             revision=getattr(config, "_commit_hash", None) or "",
         )
 
@@ -230,6 +231,17 @@ class TransformerLensModel:
     def unembed(self) -> BridgeUnembed:
         """The way from a residual row to logits."""
         return BridgeUnembed(self.bridge)
+
+    def output_gram(self, layer: int) -> Tensor:
+        """W_O^h (W_O^h)^T of each query head of a block; axes head, d_head, d_head.
+
+        Raises:
+            CapabilityError: the bridge has no output projection of its own.
+        """
+        projection = getattr(self.bridge.blocks[layer].attn, "o", None)
+        if projection is None:
+            raise CapabilityError(f"The bridge of {self._name!r} shows no output projection of its heads.")
+        return output_gram(projection.original_component, self.info.n_heads, self.info.d_head)
 
     def to_transformer_lens(self) -> Any:
         """The bridge."""

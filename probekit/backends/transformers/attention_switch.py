@@ -3,7 +3,7 @@
 While a pass watches, the model's attention implementation is this function; afterwards it is what
 it was. Watched layers run in streamed float32 blocks (`probekit.reduce.attention_blocks`), all
 others in SDPA, or streamed too where the model was loaded with eager attention. Nothing ever holds
-query × key as a whole.
+query × key as a whole. A model whose own attention is ReLU attention (`relu_attention`) keeps it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from probekit.backends.capture_pass import Tap, through
+from probekit.backends.block_taps import Tap
+from probekit.backends.capture_pass import through
 from probekit.backends.edits import Cut
 from probekit.reduce.attention_blocks import (
     AttentionBlock,
@@ -28,6 +29,8 @@ from probekit.reduce.attention_blocks import (
     stream_attention,
     whole_attention,
 )
+
+from .relu_attention import RELU
 
 NAME = "probekit"
 OnBlock = Callable[[int, AttentionBlock], None]
@@ -43,6 +46,7 @@ class Watch:
         on_block: is called with the block number and each `AttentionBlock`.
         taps: by site ("q", "k", "v", "z") and layer, what to call with axes text, position, head, d_head.
         cuts: by layer, what knocks edges out of a block of scores.
+        scores: whether blocks carry their scores.
     """
 
     layers: frozenset[int]
@@ -50,6 +54,7 @@ class Watch:
     on_block: OnBlock
     taps: Mapping[tuple[str, int], list[Tap]] = field(default_factory=dict)
     cuts: Mapping[int, Cut] = field(default_factory=dict)
+    scores: bool = False
     own: str = "sdpa"
     scratch: Scratch = field(default_factory=Scratch)
 
@@ -94,8 +99,9 @@ def watched_attention(
     """
     watch = _WATCH.get()
     layer = getattr(module, "layer_idx", None)
+    relu = watch is not None and watch.own == RELU
+    kernel = AttentionInterface()[RELU if relu else "sdpa"]
     if watch is None or layer is None:
-        kernel = AttentionInterface()["sdpa"]
         return kernel(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
     query, key, value = (
         watch.tapped(site, layer, x.transpose(1, 2)).transpose(1, 2)
@@ -110,10 +116,10 @@ def watched_attention(
         bias=rest.get("position_bias"),
         sinks=rest.get("s_aux"),
         cut=watch.cuts.get(layer),
+        relu=relu,
     )
     output = attend(watch, layer, query, key, value, how)
     if output is None:
-        kernel = AttentionInterface()["sdpa"]
         output = kernel(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)[0]
     return watch.tapped("z", layer, output).contiguous(), None
 
@@ -132,6 +138,7 @@ def attend(watch: Watch, layer: int, query: Tensor, key: Tensor, value: Tensor, 
     Returns:
         Output, axes text, token, head, d_value; None where the model's own kernel has to make it.
     """
+    how = replace(how, keep_scores=watch.scores)
     sees, own_kernel = layer in watch.layers, watch.own != "eager" and how.cut is None
     cached = query.shape[2] != key.shape[2]  # earlier keys come from a cache: a step of generation, which nobody sees
     if (torch.is_grad_enabled() or cached) and not own_kernel:
@@ -161,7 +168,7 @@ def attend(watch: Watch, layer: int, query: Tensor, key: Tensor, value: Tensor, 
 def _flash(query: Tensor, key: Tensor, value: Tensor, how: AttentionMath) -> tuple[Tensor, Tensor] | None:
     """Output and log-sums of plain causal attention from the flash kernel; None where it does not apply."""
     special = (how.mask, how.softcap, how.bias, how.sinks)
-    if any(x is not None for x in special) or query.shape[2] != key.shape[2]:
+    if how.relu or any(x is not None for x in special) or query.shape[2] != key.shape[2]:
         return None
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from probekit.backends.capture_pass import CapturePass, Tap, through
+from probekit.backends.block_taps import Tap
+from probekit.backends.capture_pass import CapturePass, through
 from probekit.core import Batch, CapabilityError, Forward, Progress
 from probekit.reduce import Partial
 
@@ -37,7 +38,7 @@ def run_pass(model: TransformersModel, request: Forward, batch: Batch, progress:
     taps = want.taps()
     inside = {place: some for place, some in taps.items() if place[0] in HEAD_SITES}
     gradient = request.gradient_of is not None
-    watch = Watch(want.watched, batch.lengths, want.on_block, taps=inside, cuts=want.cuts)
+    watch = Watch(want.watched, batch.lengths, want.on_block, taps=inside, cuts=want.cuts, scores=want.wants_scores)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if gradient else torch.no_grad())
         stack.enter_context(evaluating(module))

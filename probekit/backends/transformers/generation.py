@@ -17,7 +17,8 @@ import xarray as xr
 from torch import Tensor
 from transformers import DynamicCache
 
-from probekit.backends.capture_pass import CapturePass, Tap
+from probekit.backends.block_taps import Tap
+from probekit.backends.capture_pass import CapturePass
 from probekit.backends.edits import apply_edit, cut_of
 from probekit.core import (
     Batch,

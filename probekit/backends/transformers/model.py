@@ -35,7 +35,7 @@ from .architectures import Architecture, architecture_of
 from .forward_pass import evaluating, run_pass
 from .generation import generate
 from .tokens import token_strings, tokenize, tokenizer_hash
-from .weights import devices_of, hash_of, input_device, is_quantised, state_of, unembedding
+from .weights import devices_of, hash_of, input_device, is_quantised, output_gram, state_of, unembedding
 
 _D_MLP = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # first that is set; else 4 · d_model
 
@@ -162,7 +162,7 @@ class TransformersModel:
             dtype=str(dtype).removeprefix("torch."),
             device="cpu" if self._module is None else devices_of(self._module),
             sites=self.architecture.sites,
-            has_bos=self.tokenizer.bos_token_id is not None,
+            bos_id=self.tokenizer.bos_token_id,
             revision=self._revision,
         )
 
@@ -303,6 +303,11 @@ class TransformersModel:
         with torch.no_grad():
             done = [self.architecture.added(self.module, self._config, site, i, x) for i, x in enumerate(rows)]
         return torch.stack([x.float().cpu() for x in done]).numpy()
+
+    def output_gram(self, layer: int) -> Tensor:
+        """W_O^h (W_O^h)^T of each query head of a block; axes head, d_head, d_head."""
+        info = self.info
+        return output_gram(self.part(self.architecture.attention, layer), info.n_heads, info.d_head)
 
     @property
     def unembed(self) -> NativeUnembed:

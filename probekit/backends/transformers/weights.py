@@ -75,6 +75,38 @@ def unembedding(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     return resident(head, "weight"), None if getattr(head, "bias", None) is None else resident(head, "bias")
 
 
+OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense")  # what families call it; its input is z
+
+
+def output_gram(attention: nn.Module, n_heads: int, d_head: int) -> Tensor:
+    """W_O^h (W_O^h)^T of each query head, in float32; axes head, d_head, d_head.
+
+    Read off the projection's own answers to unit vectors, so that packed and transposed weights count as they are.
+
+    Args:
+        attention: the attention sub-layer, or its output projection itself.
+        n_heads: query heads.
+        d_head: width of one head.
+
+    Raises:
+        ModelError: the sub-layer has no output projection under a known name.
+    """
+    named = dict(attention.named_children())
+    projection = next((named[n] for n in OUTPUT_PROJECTIONS if n in named), None if named else attention)
+    if projection is None:
+        raise ModelError(
+            f"{type(attention).__name__} has no output projection called {', '.join(OUTPUT_PROJECTIONS)}; found "
+            f"{', '.join(named)}."
+        )
+    parameter = next(p for p in attention.parameters() if p.is_floating_point())
+    device = "cpu" if parameter.device.type == "meta" else parameter.device
+    units = torch.eye(n_heads * d_head, device=device, dtype=parameter.dtype)
+    with torch.no_grad():
+        rows = projection.forward(units).float() - projection.forward(torch.zeros_like(units[:1])).float()
+    by_head = rows.unflatten(0, (n_heads, d_head))
+    return by_head @ by_head.transpose(1, 2)
+
+
 def is_quantised(module: Any) -> bool:
     """Whether weights are packed, so that counting their entries does not count parameters."""
     if getattr(module.config, "quantization_config", None) is not None:
