@@ -71,7 +71,7 @@ def make_batch(
     else:
         if not isinstance(texts, (str, Sequence)):
             raise InputError(
-                f"texts must be a string, a list of strings or a dictionary of such lists by domain, found "
+                f"texts must be a string or a list of strings, or a dictionary of such lists by domain; found "
                 f"{type(texts).__name__}."
             )
         if chat is False:
@@ -139,6 +139,8 @@ def run(
     window: int | None = None,
     memory_limit: int | None = None,
     progress: bool = True,
+    journal: str | Path | None = None,
+    models: Mapping[str, Any] | None = None,
     **params: Any,
 ) -> Result | Results:
     """Run analyses together: every text goes through the model once for all of them.
@@ -155,6 +157,9 @@ def run(
         window: cut each text into consecutive windows of so many tokens and treat them as texts.
         memory_limit: bytes that may be used above the loaded model; most of the free memory if None.
         progress: show a progress bar where standard error is a terminal.
+        journal: a file that keeps what the model writes on, continuation by continuation: a run that broke off goes on
+            where it was, and one that wants more samples writes only the new ones.
+        models: further models by role, for analyses that compare models, such as {"base": "owner/name"}.
         params: parameters of the analyses. `top_k=5` reaches every chosen analysis that has a
             `top_k`; `logit_lens={"top_k": 5}` only that one.
 
@@ -167,10 +172,14 @@ def run(
     jobs = make_jobs(names, params)
     opened = _open(model)
     batch = make_batch(opened, jobs, texts, bos, window, chat)
-    if hasattr(opened, "load"):
-        opened.load()
+    others = {role: _open(other) for role, other in (models or {}).items()}
+    for one in (opened, *others.values()):
+        if hasattr(one, "load"):
+            one.load()
     corpus = {} if window is None else {"window": window}
-    results = run_jobs(jobs, opened, batch, memory_limit=memory_limit, progress=progress, corpus=corpus)
+    results = run_jobs(
+        jobs, opened, batch, memory_limit=memory_limit, progress=progress, corpus=corpus, journal=journal, others=others
+    )
     return results[names] if isinstance(names, str) and names != "all" else results
 
 

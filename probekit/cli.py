@@ -122,10 +122,11 @@ def models_command() -> None:
 @cli.command("run", cls=_RunCommand)
 @click.argument("names", nargs=-1, metavar="NAME…")
 @click.option("--model", default=None, help="Name, hub id, folder or .gguf file; the embedded model if left out.")
+@click.option("--role", multiple=True, help="A further model for analyses that compare models: base=NAME.")
 @click.option("--backend", help="Who runs a decoder: transformers (the default), transformer_lens or nnsight.")
 @click.option("--dtype", help="Type of the weights, such as bfloat16; as stored if left out.")
 @click.option("--device-map", help='Spread a decoder over devices: auto, balanced, …, or JSON such as {"": "cpu"}.')
-@click.option("--text", multiple=True, help="A text; repeat for several.")
+@click.option("--text", "--prompt", "text", multiple=True, help="A text, or a prompt; repeat for several.")
 @click.option(
     "--texts",
     multiple=True,
@@ -145,6 +146,7 @@ def models_command() -> None:
 def run_command(
     names: tuple[str, ...],
     model: str | None,
+    role: tuple[str, ...],
     backend: str | None,
     dtype: str | None,
     device_map: str | None,
@@ -169,7 +171,14 @@ def run_command(
     how = {"backend": backend, "dtype": dtype, "device_map": _device_map(device_map)}
     turns = chat if system is None else system
     found = _texts(text, texts, chats=turns is not False)
-    _execute(names, model, found, out, only_plan, bos, window, memory_gib, gather(parameters), how, turns)
+    _execute(names, model, found, out, only_plan, bos, window, memory_gib, gather(parameters), how, turns, _roles(role))
+
+
+def _roles(given: Sequence[str]) -> dict[str, str]:
+    found = dict(r.split("=", 1) for r in given if "=" in r)
+    if len(found) < len(given) or not all(k and v for k, v in found.items()):
+        raise InputError(f"--role names a model by its role, once each, as in --role base=NAME; found {list(given)}.")
+    return found
 
 
 def _device_map(given: str | None) -> Any:
@@ -211,13 +220,14 @@ def _execute(
     params: dict[str, Any],
     how: dict[str, Any] | None = None,
     chat: Chat = False,
+    roles: dict[str, str] | None = None,
 ) -> None:
     """Check everything that can be checked, in the order of what it costs; then run and write."""
     from probekit import api
     from probekit.models import default_model, open_model
     from probekit.reporting import check_writable
 
-    api.make_jobs(names, params)
+    jobs = api.make_jobs(names, params)
     if memory_gib is not None and not memory_gib > 0:
         raise InputError(f"--memory-gib must be above 0, found {memory_gib}.")
     if out is None and not only_plan:
@@ -242,7 +252,16 @@ def _execute(
             click.echo(str(plan))
         return
     assert out is not None
-    results = api.run(list(names), opened, texts, **common, **params)
+    journal = out / "continuations.jsonl" if any(job.analysis.writes for job in jobs) else None
+    try:
+        results = api.run(list(names), opened, texts, journal=journal, models=roles, **common, **params)
+    except KeyboardInterrupt:
+        if journal is None or not journal.exists():
+            raise
+        n = max(0, journal.read_bytes().count(b"\n") - 1)
+        raise InputError(
+            f"Stopped. {n:,} continuations are kept in {journal}; the same command goes on from there."
+        ) from None
     report = api.report(results, out)
     corpus = next(iter(results.values())).provenance["texts"]
     click.echo(_beginning(corpus.get("beginning_of_sequence", ""), corpus.get("chat_template", "")))

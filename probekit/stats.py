@@ -103,6 +103,19 @@ def token_mean(values: np.ndarray, texts: np.ndarray, pos: np.ndarray, weights: 
     return ratio(sums, np.bincount(unit, weight), name)
 
 
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share of independent draws (Wilson 1927), inside [0, 1] also for 0 or n successes.
+
+    Args:
+        successes: draws that count.
+        n: all draws, at least one.
+    """
+    z, p = 1.959963984540054, successes / n
+    middle, spread = p + z * z / (2 * n), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
 def held_out_best(values: np.ndarray) -> tuple[int, np.ndarray]:
     """The place with the largest mean over units, and each unit's value at the place that the other units choose.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .result import Result
 
 P = TypeVar("P", bound=Params)
-Flow = Generator[Request, Trace, "xr.Dataset"]
+Flow = Generator[Request, Any, "xr.Dataset"]  # is sent a Trace for a Forward, Branches for a Branch
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,17 @@ class Analysis:
         Params: a frozen dataclass of parameters.
         intervenes: whether it changes activations, in many passes and on texts chosen for it; such an
             analysis runs when it is named, not as part of "all".
+        writes: whether it lets the model write on, which takes minutes; its texts are prompts, and it runs when it is
+            named, too.
+        roles: further models that it needs beside the one under study, such as ("base",).
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     measures: ClassVar[Mapping[str, Measure]]
     intervenes: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
+    roles: ClassVar[tuple[str, ...]] = ()
     Params: ClassVar[type[Params]] = Params
 
     def min_tokens(self, params: Any) -> int:

@@ -14,6 +14,7 @@ import torch
 from probekit.core import (
     Batch,
     BosPolicy,
+    Branch,
     CapabilityError,
     Forward,
     ModelInfo,
@@ -27,6 +28,7 @@ from probekit.reduce import BlockRows, Partial, Recorder, Reducer, Rows, ValueRo
 from probekit.reduce.attention_blocks import AttentionBlock
 from probekit.reduce.vocab_rows import project, stream_readout
 
+from .continuations import Done, Writing
 from .direct import show_directions
 
 
@@ -69,6 +71,9 @@ class ScriptedModel:
         respond: what patches make of a script, for planted causes; patches are refused if None. Is given the patches
             that apply to the text, in the order of the request.
         bos_id: id of the beginning-of-sequence token; None for none.
+        writes: probability of each token after given ones, for continuations; none are written if None. Has nothing to
+            do with what `play` shows.
+        ends: ids after which a continuation has nothing more to say.
     """
 
     def __init__(
@@ -77,6 +82,8 @@ class ScriptedModel:
         *,
         respond: Respond | None = None,
         bos_id: int | None = None,
+        writes: Callable[[Sequence[int]], np.ndarray] | None = None,
+        ends: frozenset[int] = frozenset(),
         n_layers: int = 4,
         n_heads: int = 3,
         d_model: int = 16,
@@ -85,6 +92,7 @@ class ScriptedModel:
         block: int = 32,
     ) -> None:
         self._play, self._block, self._respond = play, block, respond
+        self._writes, self._ends = writes, ends
         if unembedding is None:
             unembedding = np.random.default_rng(0).normal(size=(d_vocab, d_model))
         self.weight = torch.as_tensor(unembedding, dtype=torch.float32)
@@ -161,6 +169,27 @@ class ScriptedModel:
             )
         parts = [self._one(request, batch.select([i]), progress) for i in range(len(batch))]
         return [Partial.merge([p[i] for p in parts]) for i in range(len(request.captures))]
+
+    def branch(self, request: Branch, done: Done, *, memory_limit: int) -> None:
+        """Write continuations one after the other, by the probabilities of `writes`.
+
+        Raises:
+            CapabilityError: nothing was said of what it writes.
+        """
+        if self._writes is None:
+            raise CapabilityError("A scripted model writes nothing unless it is told the probabilities of its tokens.")
+        writing = Writing(request, done, self._ends, lambda ids: " ".join(f"w{i}" for i in ids))
+        for job in writing.jobs():
+            prefix = request.bases[job.fork.base].ids[: job.fork.position]
+            while True:
+                p = self._writes([*prefix, *job.ids])
+                forced = job.fork.token if not job.ids else None
+                at = np.searchsorted(np.cumsum(p), job.draws[len(job.ids)] * p.sum(), side="right")
+                token = min(int(at), len(p) - 1) if forced is None else forced
+                with np.errstate(divide="ignore"):
+                    logprob = float(np.log(p[token] / p.sum()))
+                if not writing.goes_on(job, token, logprob):
+                    break
 
     def _one(self, request: Forward, batch: Batch, progress: Progress | None) -> list[Partial]:
         script = self._play(batch.texts[0])

@@ -1,6 +1,7 @@
 """The vocabulary: points, axes, texts, requests, traces, the model protocol, errors. Knows no model library."""
 
 from .axes import AXES, check_axes
+from .branching import Base, Branch, Branches, Continuation, Fork, Outcome, Sampling, joined
 from .edits import Add, Edit, KnockOut, Patch, ProjectOut, Replace, Scale, Values, check_patch
 from .errors import (
     CapabilityError,
@@ -27,14 +28,19 @@ __all__ = [
     "AXES",
     "SITES",
     "Add",
+    "Base",
     "Batch",
     "BosPolicy",
+    "Branch",
+    "Branches",
     "CapabilityError",
     "Capture",
     "Chat",
     "ChecksumError",
+    "Continuation",
     "Edit",
     "Embed",
+    "Fork",
     "Forward",
     "Generated",
     "InputError",
@@ -44,6 +50,7 @@ __all__ = [
     "ModelError",
     "ModelInfo",
     "ModelNotFound",
+    "Outcome",
     "Patch",
     "PlanError",
     "Point",
@@ -54,6 +61,7 @@ __all__ = [
     "Reference",
     "Replace",
     "Request",
+    "Sampling",
     "Scale",
     "SelfCheckError",
     "Site",
@@ -65,6 +73,7 @@ __all__ = [
     "Values",
     "check_axes",
     "check_patch",
+    "joined",
     "token_coords",
     "unknown",
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from .branching import Branch
 from .edits import Patch, Values
 from .errors import InputError
 from .points import Point
@@ -171,4 +172,4 @@ class Embed:
     kind: Literal["embed"] = "embed"
 
 
-Request = Forward | Embed
+Request = Forward | Embed | Branch

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from probekit.core import Forward, InputError, Request, Trace
+from probekit.core import Branch, Branches, Forward, InputError, Request, Trace
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from probekit.analysis import Flow
 
 Serve = Callable[[Forward], Trace]
+Write = Callable[[Branch], Branches]
 
 
-def union(requests: list[Request]) -> list[Forward]:
+def union(requests: Sequence[Request]) -> list[Forward]:
     """The fewest passes that serve all requests: one per model role and set of patches, captures united.
 
     Raises:
@@ -33,12 +34,13 @@ def union(requests: list[Request]) -> list[Forward]:
     return list(merged.values())
 
 
-def run_flows(flows: Mapping[str, Flow], serve: Serve) -> dict[str, xr.Dataset]:
+def run_flows(flows: Mapping[str, Flow], serve: Serve, write: Write | None = None) -> dict[str, xr.Dataset]:
     """Advance all conversations together until each has returned its result.
 
     Args:
         flows: by name, generators that yield requests, are sent traces and return datasets.
         serve: runs one pass and returns its trace.
+        write: writes continuations and returns them; None where nobody asks for any.
 
     Returns:
         The datasets, by name, in the order of `flows`.
@@ -51,8 +53,16 @@ def run_flows(flows: Mapping[str, Flow], serve: Serve) -> dict[str, xr.Dataset]:
         while waiting:
             round_ = dict(waiting)
             waiting.clear()
-            traces = {p.pass_key: serve(p) for p in union([request for _, request in round_.values()])}
+            asked = [request for _, request in round_.values()]
+            traces = {p.pass_key: serve(p) for p in union([r for r in asked if not isinstance(r, Branch)])}
+            branches = {r.pass_key: r for r in asked if isinstance(r, Branch)}
+            if branches and write is None:
+                raise InputError("Expected an analysis to yield Forward requests, found Branch.")
+            written = {key: write(r) for key, r in branches.items()} if write is not None else {}
             for name, (flow, request) in round_.items():
+                if isinstance(request, Branch):
+                    _advance(name, flow, written[request.pass_key], waiting, done)
+                    continue
                 assert isinstance(request, Forward)
                 _advance(name, flow, traces[request.pass_key].select(request.captures), waiting, done)
     finally:
@@ -64,7 +74,7 @@ def run_flows(flows: Mapping[str, Flow], serve: Serve) -> dict[str, xr.Dataset]:
 def _advance(
     name: str,
     flow: Flow,
-    trace: Trace | None,
+    trace: Trace | Branches | None,
     waiting: dict[str, tuple[Flow, Request]],
     done: dict[str, xr.Dataset],
 ) -> None:

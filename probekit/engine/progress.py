@@ -11,6 +11,7 @@ from tqdm import tqdm
 REDRAW = 0.1  # seconds between two drawings
 _ONE = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} GFLOP [{elapsed}<{remaining}]"
 _MANY = "{desc} |{bar}| [{elapsed}<{remaining}]"
+_WRITING = "{desc}: {n:.0f}/{total:.0f} continuations |{bar}| [{elapsed}<{remaining}]"
 _UNKNOWN = "{desc} [{elapsed}]"
 
 
@@ -53,6 +54,19 @@ class Progress:
         self._bar.set_description_str(
             f"pass {self._pass} of {self._expected}" if known else f"pass {self._pass}", False
         )
+
+    def begin_writing(self, n: int) -> None:
+        """So many continuations follow."""
+        self._pass += 1
+        if self.silent:
+            return
+        self._bar.bar_format, self._bar.total, self._bar.n = _WRITING, n, 0
+        self._bar.set_description_str("writing", False)
+        self._bar.unpause()
+
+    def written(self, n: int) -> None:
+        """So many of them are done since the last call."""
+        self._bar.update(n)
 
     def tell(self, work: float) -> None:
         """So many GFLOP of this pass are done since the last call."""

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from probekit._version import __version__
 from probekit.analysis import Analysis, Params, Result, Results
-from probekit.core import Batch, Forward, InputError, Model, ModelInfo, TextError, TokenText, Trace
+from probekit.core import (
+    Batch,
+    Branch,
+    Branches,
+    Forward,
+    InputError,
+    Model,
+    ModelInfo,
+    TextError,
+    TokenText,
+    Trace,
+)
 from probekit.reduce import Partial
 
+from .branches import run_branch
+from .journal import Journal
 from .lockstep import run_flows, union
 from .plan import Plan, make_plan
 from .progress import Progress
@@ -64,7 +79,10 @@ def first_plan(jobs: Sequence[Job], info: ModelInfo, batch: Batch, memory_limit:
     passes = count_passes(jobs, info, batch)
     more = [(job.analysis.name, job.analysis.passes(job.params, info, batch) - 1) for job in jobs]
     later = tuple((name, n) for name, n in more if n > 0)
-    return [replace(make_plan(r, batch, info, memory_limit), passes=passes, later=later) for r in union(requests)]
+    looks = [r for r in requests if not isinstance(r, Branch)]
+    if len(looks) < len(requests):  # reading the prompts, which continuations begin with
+        looks.append(Forward((), why="prompts are read, and continuations written"))
+    return [replace(make_plan(r, batch, info, memory_limit), passes=passes, later=later) for r in union(looks)]
 
 
 def run_pass(
@@ -124,6 +142,33 @@ def _rows_of(texts: Sequence[int], batch: Batch, *, once: bool = True) -> list[i
     return [place[t] for t in texts]
 
 
+def check_roles(jobs: Sequence[Job], models: Mapping[str, Model]) -> None:
+    """Refuse a run in which an analysis lacks a model, or whose models read token ids differently.
+
+    Raises:
+        InputError: says which role, and what was expected.
+    """
+    for job in jobs:
+        for role in job.analysis.roles:
+            if role not in models:
+                raise InputError(
+                    f"{job.analysis.name} compares models and needs one more, in the role {role!r}. Give it as "
+                    f'models={{"{role}": …}}, or --role {role}=NAME on the command line.'
+                )
+    main = models["model"]
+    ids = range(0, main.info.d_vocab, max(1, main.info.d_vocab // 997))
+    for role, other in models.items():
+        if other.info.d_vocab != main.info.d_vocab or other.decode(ids) != main.decode(ids):
+            raise InputError(
+                f"The models {main.info.name!r} and {other.info.name!r} (in the role {role!r}) have different "
+                "tokenizers, so that a token id means different things to them. Compare models that share one."
+            )
+
+
+def _who(model: Model, journal: str | Path | None) -> str:
+    return model.info.name if journal is None else str(model.provenance().get("weights_hash", model.info.name))
+
+
 def run_jobs(
     jobs: Sequence[Job],
     model: Model,
@@ -132,6 +177,8 @@ def run_jobs(
     memory_limit: int | None = None,
     progress: bool = False,
     corpus: Mapping[str, Any] | None = None,
+    journal: str | Path | None = None,
+    others: Mapping[str, Model] | None = None,
 ) -> Results:
     """Run analyses together, each text once per round.
 
@@ -142,27 +189,39 @@ def run_jobs(
         memory_limit: bytes that may be used above the loaded model.
         progress: show a bar on standard error where that is a terminal.
         corpus: where the texts come from, for the record.
+        journal: a file that keeps continuations as they are written, so that a run that broke off can go on.
+        others: further models by role, for analyses that compare models; they read the same token ids.
 
     Returns:
         One result per analysis, in order.
+
+    Raises:
+        InputError: a role that an analysis needs is missing, or its model has another tokenizer.
+        StoreError: the journal cannot be read or written.
     """
     check_texts(jobs, batch, model.info.context_length)
+    models = {"model": model, **(others or {})}
+    check_roles(jobs, models)
     plans: dict[Plan, Plan] = {}
 
     def serve(request: Forward) -> Trace:
-        if request.model != "model":
-            raise InputError(f"An analysis asks for a model in the role {request.model!r}; this run has one model.")
-        trace, plan = run_pass(model, request, batch, memory_limit=memory_limit, progress=bar)
+        trace, plan = run_pass(models[request.model], request, batch, memory_limit=memory_limit, progress=bar)
         alike = replace(plan, available_bytes=0)
         plans[alike] = replace(plan, passes=plans[alike].passes + 1) if alike in plans else plan
         return trace
 
+    def write(request: Branch) -> Branches:
+        return run_branch(models[request.model], request, kept[request.model], memory_limit=memory_limit, progress=bar)
+
     flows = {job.analysis.name: job.analysis.flow(job.params, model.info) for job in jobs}
-    with Progress(count_passes(jobs, model.info, batch), shown=progress) as bar:
-        datasets = run_flows(flows, serve)
+    with ExitStack() as stack:
+        bar = stack.enter_context(Progress(count_passes(jobs, model.info, batch), shown=progress))
+        kept = {role: stack.enter_context(Journal(journal, _who(m, journal))) for role, m in models.items()}
+        datasets = run_flows(flows, serve, write)
     provenance = {
         "probekit": __version__,
         **model.provenance(),
+        **({"other models": {role: m.provenance() for role, m in others.items()}} if others else {}),
         "texts": {
             "n_texts": len(batch),
             "n_tokens": batch.n_tokens,

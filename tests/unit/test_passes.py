@@ -61,7 +61,7 @@ def test_a_text_runs_in_several_rows_each_under_its_own_patches() -> None:
 
 
 def test_rows_and_texts_exclude_each_other_and_rows_exist() -> None:
-    with pytest.raises(InputError, match="the texts that run, or the text of each row; found both"):
+    with pytest.raises(InputError, match="the text of each row, or inputs; found several"):
         Forward((LOGITS,), texts=(0,), rows=(0, 0))
     with pytest.raises(InputError, match=r"names the texts \[0, 7\]; expected some of \[0, 1\]\."):
         run_pass(scripted(), Forward((LOGITS,), rows=(0, 7)), texts_of((4, 3)))

@@ -82,7 +82,7 @@ def generate(
         )
     _check(model, batch, patches)
     done, numbers, ended = [], [], []
-    ends = _end_tokens(model.module)
+    ends = end_tokens(model.module)
     for row, prompt in enumerate(batch):
         text = batch.index[row]
         mine = [_absolute(p, len(prompt)) for p in patches if p.texts is None or text in p.texts]
@@ -179,7 +179,8 @@ def _check(model: TransformersModel, batch: Batch, patches: Sequence[Patch]) -> 
                 ) from error
 
 
-def _end_tokens(module: Any) -> frozenset[int]:
+def end_tokens(module: Any) -> frozenset[int]:
+    """Ids after which a model has nothing more to say."""
     config = getattr(module, "generation_config", None) or module.config
     ends = config.eos_token_id if config.eos_token_id is not None else module.config.get_text_config().eos_token_id
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from probekit.backends.capture_pass import require_forward
+from probekit.backends.continuations import Done
 from probekit.backends.self_check import self_check
 from probekit.core import (
     Batch,
     BosPolicy,
+    Branch,
     Chat,
     Generated,
     ModelError,
@@ -32,6 +34,7 @@ from probekit.core import (
 from probekit.reduce import Partial
 
 from .architectures import Architecture, architecture_of
+from .branching import write_branches
 from .forward_pass import evaluating, run_pass
 from .generation import generate
 from .tokens import token_strings, tokenize, tokenizer_hash
@@ -283,6 +286,11 @@ class TransformersModel:
         """Continue each text, while patches change activations; see `generation.generate`."""
         with self._lock:
             return generate(self, batch, n_tokens, patches, temperature=temperature, seed=seed, cached=cached)
+
+    def branch(self, request: Branch, done: Done, *, memory_limit: int) -> None:
+        """Write continuations of shared prefixes; see `branching.write_branches`."""
+        with self._lock:
+            write_branches(self, request, done, memory_limit=memory_limit)
 
     def own_logits(self, batch: Batch) -> np.ndarray:
         """The model's own logits for one text, computed without probekit's hooks; axes token, vocab."""

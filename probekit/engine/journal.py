@@ -1,0 +1,135 @@
+"""Continuations that were written already, in a file that a killed process leaves whole.
+
+One line per continuation, written when it is done. A line that was cut off by the end of its process is dropped when
+the file is opened again, and what it held is drawn again: draws depend on nothing but their fork and number, so
+nothing is lost and nothing counts twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from probekit.core import Branch, Continuation, Fork, StoreError
+
+_HEAD = {"file": "probekit continuations", "version": 1}
+
+
+class Journal:
+    """Continuations by model and fork.
+
+    Args:
+        path: the file; made at the first line. None keeps nothing.
+        model: what fixes the model's numbers, such as a hash over its weights.
+
+    Raises:
+        StoreError: the file is no journal of probekit's, or cannot be read.
+    """
+
+    def __init__(self, path: str | Path | None, model: str) -> None:
+        self.path, self.model = None if path is None else Path(path), model
+        self._known: dict[str, dict[int, Continuation]] = {}
+        self._file: Any = None
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}.") from None
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.splitlines()
+        if content and (not lines or _parsed(lines[0]) != _HEAD):
+            raise StoreError(f"{path} is no file of continuations that probekit wrote; name another one.")
+        for number, line in enumerate(lines[1:], start=2):
+            record = _parsed(line)
+            if not isinstance(record, dict) or "fork" not in record:
+                raise StoreError(
+                    f"{path}, line {number}, is damaged. Delete the line; its continuation is drawn again."
+                )
+            if record["model"] == self.model:
+                self._known.setdefault(record["fork"], {})[record["sample"]] = _continuation(record)
+        if len(whole) < len(content):  # the process that wrote it ended in the middle of a line
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+
+    def known(self, request: Branch, fork: Fork) -> dict[int, Continuation]:
+        """The continuations of a fork that are wanted and there, by number."""
+        found = self._known.get(request.fork_key(fork), {})
+        return {i: found[i] for i in range(request.first, request.first + request.n) if i in found}
+
+    def add(self, request: Branch, fork: Fork, one: Continuation) -> None:
+        """Keep a continuation.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        key = request.fork_key(fork)
+        self._known.setdefault(key, {})[one.sample] = one
+        if self.path is None:
+            return
+        record = {"model": self.model, "fork": key, **_record(one)}
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                fresh = not self.path.exists() or not self.path.stat().st_size
+                self._file = self.path.open("ab", buffering=0)
+                if fresh:
+                    self._file.write(json.dumps(_HEAD).encode() + b"\n")
+            self._file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be written: {error.strerror}.") from None
+
+
+def missing(journal: Journal, request: Branch) -> Iterator[Branch]:
+    """What has still to be written of a request: forks that lack the same numbers together."""
+    lacking: dict[tuple[int, int], list[Fork]] = {}
+    for fork in request.forks:
+        known = journal.known(request, fork)
+        numbers = [i for i in range(request.first, request.first + request.n) if i not in known]
+        for first, n in _runs(numbers):
+            lacking.setdefault((first, n), []).append(fork)
+    for (first, n), forks in lacking.items():
+        yield Branch(
+            request.bases, tuple(forks), n, first, request.sampling, request.outcome, request.model, request.why
+        )
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers as (first, how many)."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _record(one: Continuation) -> dict[str, Any]:
+    return dataclasses.asdict(one)
+
+
+def _continuation(record: dict[str, Any]) -> Continuation:
+    logprobs = tuple(map(float, record["logprobs_nats"]))
+    return Continuation(record["sample"], tuple(record["ids"]), logprobs, record["outcome"], record["stopped"])
