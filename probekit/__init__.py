@@ -86,7 +86,7 @@ _WHERE = {
     "result_of": "api",
     "run": "api",
 }
-_MODULES = ("plots", "reduce", "stats")
+_MODULES = ("plots", "reduce", "stats", "toys")
 __all__ = ["__version__", *_WHERE]
 
 

@@ -36,6 +36,7 @@ PARTS: dict[str, May] = {
     "texts":       May("core"),
     "demo":        May(),
     "reduce":      May("core"),
+    "sampling":    May("core analysis stats reduce"),
     "plots":       May("core",                                     "reporting"),  # a strip shows itself in a notebook
     "catalog":     May("core"),
     "backends":    May("core reduce"),
@@ -44,19 +45,21 @@ PARTS: dict[str, May] = {
     "sweeps":      May("core reduce stats"),
     "contrasts":   May("core"),
     "extremes":    May("core"),
-    "phenomena":   May("core reduce plots stats sweeps contrasts extremes analysis"), # and never one another
+    "sink_levels": May(),
+    "toys":        May("core reduce engine",                       "backends"),
+    "phenomena":   May("core reduce plots stats sweeps contrasts extremes sampling sink_levels analysis"), # and never one another
     "reporting":   May("core analysis plots"),
     "activation_cache": May("core reduce engine",                  "models"),
     "models":      May("core catalog",                             "backends"),
     "api":         May("core analysis engine",                     "models catalog reporting"),
     "cli":         May("__init__ core analysis api catalog demo models texts reporting"),
-    "__init__":    May("_version",                                 "core analysis api models demo activation_cache"),
+    "__init__":    May("_version",                                 "core analysis api models demo activation_cache toys"),
     "__main__":    May("cli"),
     "_version":    May(),
 }
 # A library -> the only places that may name it, at whatever depth.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch":                 ("reduce", "backends"),
+    "torch":                 ("reduce", "backends", "toys/training", "toys/measures"),
     "transformers":          ("backends/transformers", "backends/gguf", "backends/sentence_transformers"),
     "sentence_transformers": ("backends/sentence_transformers",),
     "transformer_lens":      ("backends/transformer_lens",),

@@ -21,6 +21,7 @@ from probekit.core import (
     Patch,
     Progress,
     Request,
+    Sampling,
     TextError,
     TokenText,
 )
@@ -182,10 +183,9 @@ class ScriptedModel:
         for job in writing.jobs():
             prefix = request.bases[job.fork.base].ids[: job.fork.position]
             while True:
-                p = self._writes([*prefix, *job.ids])
+                p = np.asarray(self._writes([*prefix, *job.ids]), dtype=float)
                 forced = job.fork.token if not job.ids else None
-                at = np.searchsorted(np.cumsum(p), job.draws[len(job.ids)] * p.sum(), side="right")
-                token = min(int(at), len(p) - 1) if forced is None else forced
+                token = _drawn(p, request.sampling, job.draws[len(job.ids)]) if forced is None else forced
                 with np.errstate(divide="ignore"):
                     logprob = float(np.log(p[token] / p.sum()))
                 if not writing.goes_on(job, token, logprob):
@@ -269,6 +269,18 @@ class ScriptedModel:
         """The same model, showing attention in blocks of another size."""
         how: dict[str, Any] = {"respond": self._respond, "bos_id": self.info.bos_id, **_sizes(self.info)}
         return ScriptedModel(self._play, unembedding=self.weight.numpy(), block=block, **how)
+
+
+def _drawn(p: np.ndarray, how: Sampling, number: float) -> int:
+    """A token: the likeliest, or the one at which the cumulative distribution passes a number in [0, 1)."""
+    if how.temperature == 0:
+        return int(p.argmax())
+    p = (p / p.sum()) ** (1 / how.temperature)
+    order = np.argsort(-p, kind="stable")
+    ranked = p[order] / p.sum()
+    ranked = np.where(ranked.cumsum() - ranked < how.top_p, ranked, 0.0)
+    place = int(np.searchsorted(ranked.cumsum(), number * ranked.sum(), side="right"))
+    return int(order[min(place, len(p) - 1)])
 
 
 _ROWS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "k", "v", "z")

@@ -6,6 +6,7 @@ from .figure import Drawing, Drawings, Figure, Quantity, Scale, TokenStrip
 from .heatmaps import heatmap
 from .page import figure_json, plotly_js
 from .scatter import scatter
+from .stream import stream
 from .text import escape, token_label, token_labels, unescape, visible
 from .theme import DIVERGING, PALETTE, PLOT_CONFIG, SEQUENTIAL, UNDEFINED
 from .words import next_words
@@ -32,6 +33,7 @@ __all__ = [
     "next_words",
     "plotly_js",
     "scatter",
+    "stream",
     "token_label",
     "token_labels",
     "unescape",

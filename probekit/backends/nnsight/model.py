@@ -129,7 +129,7 @@ class NnsightModel:
     @classmethod
     def from_model(cls, native: TransformersModel) -> Self:
         """A model that probekit opened, run through nnsight; the weights are shared."""
-        return cls(native, lambda: nnsight_twin(native.module, native.tokenizer))
+        return cls(native, native.to_nnsight)
 
     def load(self) -> Self:
         """Load the weights and check that what is captured is what the model computes.

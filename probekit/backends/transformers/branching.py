@@ -21,6 +21,7 @@ from probekit.core import Base, Branch, CapabilityError, PlanError, Sampling, Te
 from .branch_attention import Slots, writing
 from .forward_pass import evaluating
 from .generation import end_tokens
+from .relu_attention import RELU
 from .weights import input_device
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class _Writer:
             raise CapabilityError(
                 f"{model.info.name!r} ({model.info.architecture}) asks no registry for its attention function, so "
                 "continuations cannot share prefixes there; branching is not offered for this family."
+            )
+        if model.module.config._attn_implementation == RELU:
+            raise CapabilityError(
+                f"{model.info.name!r} has ReLU in the place of the softmax; branching is not offered."
             )
         limit, most = model.info.context_length, request.sampling.max_tokens
         longest = max(f.position for f in request.forks) + most

@@ -23,6 +23,7 @@ from probekit.core import (
     Batch,
     BosPolicy,
     Branch,
+    CapabilityError,
     Chat,
     Generated,
     ModelError,
@@ -37,6 +38,7 @@ from .architectures import Architecture, architecture_of
 from .branching import write_branches
 from .forward_pass import evaluating, run_pass
 from .generation import generate
+from .relu_attention import RELU
 from .tokens import token_strings, tokenize, tokenizer_hash
 from .weights import devices_of, hash_of, input_device, is_quantised, output_gram, state_of, unembedding
 
@@ -209,7 +211,7 @@ class TransformersModel:
             "model": self.info.as_dict(),
             "weights_hash": self.weights_hash(),
             "weights": "raw (nothing folded or centred)",
-            "attention": f"{own}; where attention is captured, exact float32 softmax over blocks of queries",
+            "attention": f"{own}; where attention is captured, exact float32 {_kernel(own)} over blocks of queries",
             "tokenizer_hash": self._tokenizer_hash,
             "versions": versions,
             "backend": "transformers",
@@ -257,6 +259,7 @@ class TransformersModel:
         Raises:
             ModelError: TransformerLens is not installed, or does not know this architecture.
         """
+        self._require_softmax("TransformerLens")
         from probekit.backends.transformer_lens import build_bridge
 
         return build_bridge(self.module, self.tokenizer, self._name)
@@ -269,9 +272,17 @@ class TransformersModel:
         Raises:
             ModelError: nnsight is not installed.
         """
+        self._require_softmax("nnsight")
         from probekit.backends.nnsight import nnsight_twin
 
         return nnsight_twin(self.module, self.tokenizer)
+
+    def _require_softmax(self, who: str) -> None:
+        if self._config._attn_implementation == RELU:
+            raise CapabilityError(
+                f"{self._name!r} has ReLU in the place of the softmax, which {who} would not run; use the transformers "
+                "backend."
+            )
 
     def generate(
         self,
@@ -321,6 +332,10 @@ class TransformersModel:
     def unembed(self) -> NativeUnembed:
         """The way from a residual row to logits."""
         return NativeUnembed(self)
+
+
+def _kernel(own: str) -> str:
+    return "ReLU" if own == RELU else "softmax"
 
 
 class NativeUnembed:
