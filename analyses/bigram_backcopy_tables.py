@@ -65,9 +65,10 @@ class BigramBackcopyStudy(pk.Analysis):
         above 0.5. The drain is the norm of <s>'s value over the mean norm of the others', in that same block; it is
         there below 0.5. The peak is the norm of <s> in the residual stream over the mean norm of the others, after the
         block where that is largest; it is there above 2. The publication shows curves and names no thresholds: these
-        were fixed before any run of the study, and are the same for all settings. ReLU attention's weights are no
-        distribution; the weights themselves decide, and their share of the row's sum is reported beside them. A setting
-        has a phenomenon if all of its runs do, and lacks it if none does.
+        are ours, the same for all settings, and were not changed; sizes and rates of the small preset were chosen in
+        trials, in which the phenomena were looked at. ReLU attention's weights are no distribution; the weights
+        themselves decide, and their share of the row's sum is reported beside them. A setting has a phenomenon if all
+        of its runs do, and lacks it if none does.
 
     Null:
         The same models before training.

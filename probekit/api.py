@@ -94,6 +94,8 @@ def make_batch(
 
 def _flatten(texts: Mapping[Any, Any]) -> tuple[list[str], list[Any]]:
     """The domain of each text, and the texts, of a dictionary of texts by domain."""
+    if {"role", "content"} <= set(texts):
+        raise InputError("Found one chat message as texts; give a list of messages, or texts by domain.")
     domains, flat = [], []
     for domain, some in texts.items():
         if not isinstance(domain, str) or not domain:
@@ -101,6 +103,8 @@ def _flatten(texts: Mapping[Any, Any]) -> tuple[list[str], list[Any]]:
         listed = [some] if isinstance(some, str) else some
         if not isinstance(listed, Sequence) or not len(listed):
             raise InputError(f"The domain {domain!r} holds {some!r}; expected a text or a list of texts.")
+        if all(isinstance(message, Mapping) for message in listed):
+            listed = [listed]  # one chat
         domains += [domain] * len(listed)
         flat += list(listed)
     if not flat:

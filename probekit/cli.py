@@ -201,7 +201,7 @@ def _texts(given: Sequence[str], files: Sequence[Path], *, chats: bool = False) 
             by_domain.setdefault(domain, []).extend(some)
     if by_domain and plain:
         raise InputError(
-            f"Some lines name a domain ({', '.join(by_domain)}) and {len(plain)} texts have none. Give all of them one."
+            f"Some lines name a domain ({', '.join(by_domain)}) and others ({len(plain)}) have none. Give all of them one."
         )
     if not (by_domain or plain):
         raise InputError('No text was given. Use --text "…" or --texts FILE.txt|.jsonl.')

@@ -36,18 +36,15 @@ PARTS: dict[str, May] = {
     "texts":       May("core"),
     "demo":        May(),
     "reduce":      May("core"),
+    "methods":     May("core reduce stats"),  # shared by phenomena
     "sampling":    May("core analysis stats reduce"),
     "plots":       May("core",                                     "reporting"),  # a strip shows itself in a notebook
     "catalog":     May("core"),
     "backends":    May("core reduce"),
     "analysis":    May("core",                                     "plots reporting phenomena"),  # types; discovery
     "engine":      May("core reduce analysis _version"),
-    "sweeps":      May("core reduce stats"),
-    "contrasts":   May("core"),
-    "extremes":    May("core"),
-    "sink_levels": May(),
     "toys":        May("core reduce engine",                       "backends"),
-    "phenomena":   May("core reduce plots stats sweeps contrasts extremes sampling sink_levels analysis"), # and never one another
+    "phenomena":   May("core reduce plots stats methods sampling analysis"), # and never one another
     "reporting":   May("core analysis plots"),
     "activation_cache": May("core reduce engine",                  "models"),
     "models":      May("core catalog",                             "backends"),

@@ -233,7 +233,8 @@ class ScriptedModel:
         direct = [r for r in recorders if r.reducer.reads == "direct"]
         if direct:
             logits = project(resid[last], self, torch.empty(len(resid[last]), self.info.d_vocab))
-            held = {(r.point.site, i): self._at(r.point.site, script)[i] for r in direct for i in r.layers}
+            inner = [r for r in direct if r.point.site != "logits"]
+            held = {(r.point.site, i): self._at(r.point.site, script)[i] for r in inner for i in r.layers}
             show_directions(direct, held, resid[last], logits.topk(2).indices.numpy(), self, batch)
         if progress is not None:
             progress(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -165,6 +166,15 @@ def check_roles(jobs: Sequence[Job], models: Mapping[str, Model]) -> None:
             )
 
 
+def _model_of(request: Forward | Branch, models: Mapping[str, Model]) -> Model:
+    if request.model not in models:
+        raise InputError(
+            f"An analysis asks for a model in the role {request.model!r}; this run has {', '.join(models)}. An analysis "
+            "that needs further models names them in `roles`."
+        )
+    return models[request.model]
+
+
 def _who(model: Model, journal: str | Path | None) -> str:
     return model.info.name if journal is None else str(model.provenance().get("weights_hash", model.info.name))
 
@@ -205,13 +215,14 @@ def run_jobs(
     plans: dict[Plan, Plan] = {}
 
     def serve(request: Forward) -> Trace:
-        trace, plan = run_pass(models[request.model], request, batch, memory_limit=memory_limit, progress=bar)
+        trace, plan = run_pass(_model_of(request, models), request, batch, memory_limit=memory_limit, progress=bar)
         alike = replace(plan, available_bytes=0)
         plans[alike] = replace(plan, passes=plans[alike].passes + 1) if alike in plans else plan
         return trace
 
     def write(request: Branch) -> Branches:
-        return run_branch(models[request.model], request, kept[request.model], memory_limit=memory_limit, progress=bar)
+        writer = _model_of(request, models)
+        return run_branch(writer, request, kept[request.model], memory_limit=memory_limit, progress=bar)
 
     flows = {job.analysis.name: job.analysis.flow(job.params, model.info) for job in jobs}
     with ExitStack() as stack:
@@ -229,6 +240,7 @@ def run_jobs(
             **({"beginning_of_sequence": batch.begins} if batch.begins else {}),
             **({"chat_template": batch.template} if batch.template else {}),
             "digest": f"sha256:{batch.digest}",
+            **({"domains": dict(Counter(batch.domains))} if any(batch.domains) else {}),
             **(corpus or {}),
         },
         "plan": [plan.as_dict() for plan in plans.values()],

@@ -12,8 +12,8 @@ from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, fmt, param, register
 from probekit.core import Batch, Forward, ModelInfo
 from probekit.core.pairs import check_pairs
+from probekit.methods.sweeps import DIRECTIONS, METRICS, SITES, STREAMS, PairSweep, SweepSpec
 from probekit.stats import held_out_best, text_mean
-from probekit.sweeps import DIRECTIONS, METRICS, SITES, STREAMS, PairSweep, SweepSpec
 
 ROLES = {"changed": "the changed tokens", "after": "the tokens between", "last": "the last token"}
 _WHERE = "; NaN where not swept, after the measured position, and in pairs that are left out"

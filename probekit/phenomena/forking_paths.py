@@ -300,7 +300,7 @@ def _alternatives(result: Result, text: int) -> plots.Figure:
         values[f"({at - start}) {own} → {new}"] = float(result["branch_distance"].values[k])
     return plots.bars(
         values or {"no alternative": 0.0}, title="Which tokens, in the place of the answer's own, lead elsewhere",
-        unit="1", quantity="L2 distance of the outcomes", reference=(result.params.as_dict()["epsilon"], "epsilon"),
+        unit="1", quantity="L2 distance of the outcomes", reference=(result.params.as_dict()["epsilon"], "epsilon"), by="token put in its place",
         caption=f"{result.about} Answer {text}; the place in brackets, then the answer's token and the one tried.",
         alt="Bars of the distance between the outcomes of alternatives and those of the answer's own tokens.",
     )  # fmt: skip

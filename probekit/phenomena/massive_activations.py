@@ -8,10 +8,14 @@ import numpy as np
 import xarray as xr
 
 from probekit import plots
-from probekit.analysis import Analysis, Finding, Measure, Params, Result, fmt, param, register
-from probekit.core import Capture, Forward, ModelInfo, Trace
-from probekit.reduce import MedianMagnitude, Norm, TopMagnitudes
-from probekit.stats import text_mean
+from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, fmt, param, register
+from probekit.core import Batch, Capture, Forward, InputError, ModelInfo, Trace
+from probekit.methods import extremes
+from probekit.reduce import BlockNorms, MedianMagnitude, NextToken, Norm, TopMagnitudes
+from probekit.stats import Estimate, text_mean, token_mean
+
+_LOSS = Capture("logits", NextToken())  # what token-uncertainty looks at by default, so that both share it
+_BLOCKS = Capture("resid_post", BlockNorms())
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,20 @@ class MassiveParams(Params):
         500.0, low=1.0, unit="× median", help="The looser multiple, reported beside the strict one"
     )
     top_k: int = param(5, low=1, high=50, unit="entries", help="Largest entries kept for each token and layer")
+    intervene: bool = param(False, help="Whether massive entries are also set to zero and to their mean (4 passes)")
+    at_block: int = param(
+        -1, low=-1, help="Block whose massive entries are set; -1 for the first after which half of the texts hold one"
+    )
 
 
 @register
 class MassiveActivations(Analysis):
-    """Which single entries of the residual stream dwarf all others, and which blocks write and erase them?
+    """Which single entries of the residual stream dwarf all others, which blocks write them, and are they needed?
 
     Question:
         Are there entries of the residual stream that are orders of magnitude larger than the rest;
-        at which tokens and dimensions; which block writes them and which take them down?
+        at which tokens and dimensions; which block writes them and which take them down; and does
+        the model need them?
 
     Method:
         After every block (raw residual stream, before any final norm), the largest magnitudes of
@@ -42,18 +51,30 @@ class MassiveActivations(Analysis):
         dimension) is followed through depth: its writer is the block after which its magnitude has
         grown most; a block erases if it takes away at least a tenth of the peak. Where the entry is
         not among the token's largest, it is unknown and at most as large as the smallest kept.
+        Tokens are told apart as the paper does: first position, first delimiter (a full stop or
+        newlines), further delimiters, special tokens, others.
+        With `intervene`, four more passes: at one block, every massive entry is set to zero, or to
+        its mean over the other texts, sign included (entries at the first position and later ones
+        apart, by dimension), and the pass goes on. Controls: as many entries of the same tokens in
+        random dimensions, and the same dimensions at random tokens, set to zero. The loss is -ln p
+        of every token that follows, all of them weighing the same; perplexity is exp(mean loss),
+        over the tokens that are predicted. The unchanged loss is part of the only pass by default.
 
     Null:
         Independent Gaussian entries of the same median: the largest of n has an expected magnitude
-        of about 7 to 8 medians at the sizes here, and no entry is massive.
+        of about 7 to 8 medians at the sizes here, and no entry is massive. A carrier at any position
+        alike is at the first one in 1 of n. Of the intervention: the larger change of the two
+        controls; entries matter if the loss exceeds that of both controls by more than its interval.
 
     Known failure modes:
-        Presence is not function: in some models setting the entry to zero changes nothing. Weights
-        that were quantised shift values by a few percent. With a beginning-of-sequence token other
-        tokens and dimensions carry the entry. Half precision overflows above 65,504.
+        Presence is not function: in GPT-2, phi-2 and OPT setting the entries to zero changes nothing.
+        The first block that holds them need not be the one where they matter. Only entries among each
+        token's `top_k` largest are found. Quantised weights shift values by a few percent. With a
+        beginning-of-sequence token other tokens and dimensions carry them. Half precision overflows
+        above 65,504. With few texts the mean over the others is a poor constant.
 
     References:
-        Sun et al. 2024, Massive Activations in Large Language Models, arXiv 2402.17762, section 2.
+        Sun et al. 2024, Massive Activations in Large Language Models, arXiv 2402.17762, sections 2, 3.
         Owen et al. 2025, A Refined Analysis of Massive Activations in LLMs, arXiv 2503.22329.
     """
 
@@ -62,13 +83,9 @@ class MassiveActivations(Analysis):
     Params = MassiveParams
     measures = {
         "norm": Measure(("layer", "token"), "activation", "Euclidean norm of the residual stream"),
-        "value": Measure(
-            ("layer", "token", "rank"), "activation", "the token's largest entries, signed, largest first"
-        ),
+        "value": Measure(("layer", "token", "rank"), "activation", "the token's largest entries, signed, largest first"),
         "dim": Measure(("layer", "token", "rank"), "1", "dimensions of these entries"),
-        "median": Measure(
-            ("layer", "text"), "activation", "median magnitude over all tokens and dimensions of the text"
-        ),
+        "median": Measure(("layer", "text"), "activation", "median magnitude over all tokens and dimensions of the text"),
         "times_median": Measure(("layer", "token"), "× median", "the token's largest magnitude over its text's median"),
         "n_massive": Measure(("layer",), "entries per text", "entries that pass the strict criterion"),
         "n_massive_loose": Measure(("layer",), "entries per text", "entries that pass with the looser multiple"),
@@ -77,62 +94,70 @@ class MassiveActivations(Analysis):
         "peak_layer": Measure(("text",), "layer", "layer at which that entry is largest"),
         "peak_path": Measure(("layer", "text"), "activation", "that entry through depth; NaN where unknown"),
         "writer": Measure(("text",), "layer", "block after which that entry has grown most"),
-    }
+        "writer_mlp_share": Measure(
+            ("text",), "share", "norm of what the writer's MLP adds at that token, over its sum with attention's"
+        ),
+        "role": Measure(("token",), "1", "first position, special, first delimiter, delimiter or other"),
+        "massive_layers": Measure(("token",), "layers", "blocks after which the token holds a strictly massive entry"),
+        "massive_layers_loose": Measure(("token",), "layers", "the same with the looser multiple"),
+        "dim_texts": Measure(("d_model",), "texts", "texts in which the dimension holds a strictly massive entry"),
+        "dim_texts_loose": Measure(("d_model",), "texts", "the same with the looser multiple"),
+        "loss_nats": Measure(
+            ("case", "token"), "nats", "-ln p of the token that follows, as it is and in each intervention; NaN at the "
+            "end of a text"),
+        "perplexity": Measure(("case",), "1", "exp of the mean loss over all tokens that are predicted"),
+    }  # fmt: skip
 
-    def observe(self, params: MassiveParams, info: ModelInfo) -> Forward:
-        """Norms, largest entries and medians of every layer."""
-        return Forward(tuple(Capture("resid_post", r) for r in _reducers(params)))
+    def passes(self, params: MassiveParams, info: ModelInfo, batch: Batch) -> int:
+        """One; with interventions, one more for each. Without other texts there is no mean."""
+        return 1 + params.intervene * (len(extremes.WHY) - (len(batch) == 1))
 
-    def compute(self, trace: Trace, params: MassiveParams) -> xr.Dataset:
-        """Who is massive, and the path of each text's largest entry."""
-        norm, top, median = (trace[Capture("resid_post", r)] for r in _reducers(params))
-        value, dim = top["value"].values, top["dim"].values  # layer token rank
-        place = np.repeat(np.arange(len(trace.batch)), trace.batch.lengths)
-        scale = median["median"].values[:, place]  # layer token
-        magnitude = np.abs(value)
-        strict = (magnitude > params.min_magnitude) & (magnitude > params.ratio * scale[..., None])
-        loose = (magnitude > params.min_magnitude) & (magnitude > params.loose_ratio * scale[..., None])
-        n_texts = len(trace.batch)
-        peaks = [_peak(value, dim, trace.batch.starts[i], n) for i, n in enumerate(trace.batch.lengths)]
-        paths = np.stack([p[3] for p in peaks], axis=1)
-        return xr.Dataset(
-            {
-                "norm": norm["norm"],
-                "value": top["value"],
-                "dim": top["dim"],
-                "median": median["median"],
-                "times_median": (("layer", "token"), magnitude[..., 0] / np.maximum(scale, 1e-30)),
-                "n_massive": ("layer", strict.sum(axis=(1, 2)) / n_texts),
-                "n_massive_loose": ("layer", loose.sum(axis=(1, 2)) / n_texts),
-                "peak_pos": ("text", [p[0] for p in peaks]),
-                "peak_dim": ("text", [p[1] for p in peaks]),
-                "peak_layer": ("text", [p[2] for p in peaks]),
-                "peak_path": (("layer", "text"), paths),
-                "writer": ("text", [_writer(path) for path in paths.T]),
-            },
-            attrs={"d_model": trace.info.d_model},
-        )
+    def flow(self, params: MassiveParams, info: ModelInfo) -> Flow:
+        """Norms, largest entries, medians and the loss; then the loss with massive entries changed."""
+        if params.intervene and params.at_block >= info.n_layers:
+            raise InputError(
+                f"Block {params.at_block} is to be changed, and {info.name!r} has the blocks 0 to {info.n_layers - 1}; "
+                "give one of them as at_block, or -1 for the first with massive entries."
+            )
+        trace = yield Forward((*(Capture("resid_post", r) for r in _reducers(params)), _BLOCKS, _LOSS))
+        _, top, median = (trace[Capture("resid_post", r)] for r in _reducers(params))
+        largest = extremes.Largest(top["value"].values, top["dim"].values, median["median"].values, trace.batch)
+        loss, cut = {"as it is": -trace[_LOSS]["logprob_nats"].values}, {}
+        if params.intervene:
+            bounds = params.min_magnitude, params.ratio
+            block = params.at_block if params.at_block >= 0 else largest.first(*bounds)
+            entries = () if block is None else largest.entries(block, *bounds)
+            cases = extremes.changes(entries, trace.batch, info.d_model)
+            for case, patches in cases.items():
+                after = yield Forward((_LOSS,), patches, why=extremes.WHY[case])
+                loss[case] = -after[_LOSS]["logprob_nats"].values
+            cut = {"block": block, "n_entries": len(entries), "n_averaged": len(cases.get("mean", ()))}
+        return _dataset(trace, params, largest, loss).assign_attrs(d_model=info.d_model, intervention=cut)
 
     def findings(self, result: Result) -> list[Finding]:
-        """The largest entry, its writer, its erasers, and the layers that hold massive entries."""
+        """The largest entry, its writer and erasers, who carries massive entries and where, and whether they matter."""
+        massive = bool((result["n_massive_loose"] > 0).any())
+        followed = [self._written(result), self._erased(result), _carriers(result)] if massive else []
+        return [self._largest(result), *followed, self._layers(result), *_removal(result)]
+
+    def _largest(self, result: Result) -> Finding:
         data = result.dataset
         peaks = abs(data["peak_path"]).max("layer").values
-        peak_layer = data["peak_layer"].values
-        medians = data["median"].values[peak_layer, np.arange(len(peaks))]
+        medians = data["median"].values[data["peak_layer"].values, np.arange(len(peaks))]
         ratio, size = text_mean(peaks / medians), text_mean(peaks)
-        place = _most_common(np.stack([data["peak_dim"].values, data["peak_pos"].values], axis=1))
+        dim, pos = _most_common(np.stack([data["peak_dim"].values, data["peak_pos"].values], axis=1))
         lengths = np.bincount(np.unique(result["text"].values, return_inverse=True)[1])
-        null = float(np.mean([_gaussian_ratio(n * data.attrs["d_model"] * data.sizes["layer"]) for n in lengths]))
+        null = float(
+            np.mean([extremes.gaussian_ratio(n * data.attrs["d_model"] * data.sizes["layer"]) for n in lengths])
+        )
         massive = bool((data["n_massive_loose"] > 0).any())
         lead = "A massive activation reaches" if massive else "The largest activation is not massive: it has"
-        largest = Finding(
-                f"{lead} magnitude {fmt(size.value)} in dimension {place[0]} at position {place[1]}, "
-                f"{fmt(ratio.value)} × the layer's median.",
-                ratio.value, "× median", null, "largest of as many Gaussian entries", ratio.ci95, ratio.n, ratio.n_unit,
-                {"dim": place[0], "pos": place[1], "magnitude": size.value},
-            )  # fmt: skip
-        followed = [self._written(result), self._erased(result)] if massive else []
-        return [largest, *followed, self._layers(result)]
+        return Finding(
+            f"{lead} magnitude {fmt(size.value)} in dimension {dim} at position {pos}, "
+            f"{fmt(ratio.value)} × the layer's median.",
+            ratio.value, "× median", null, "largest of as many Gaussian entries", ratio.ci95, ratio.n, ratio.n_unit,
+            {"dim": dim, "pos": pos, "magnitude": size.value},
+        )  # fmt: skip
 
     def _written(self, result: Result) -> Finding:
         data = result.dataset
@@ -143,11 +168,13 @@ class MassiveActivations(Analysis):
         steps = np.abs(np.diff(path, axis=0, prepend=0.0))
         typical = float(np.median(np.delete(steps, writer, axis=0)))
         share = float((data["writer"].values == writer).mean())
+        mlp = float(data["writer_mlp_share"].values[data["writer"].values == writer].mean())
+        part, other = ("MLP", "attention") if mlp > 0.5 else ("attention", "MLP")
         return Finding(
-            f"Block {writer} writes it: its magnitude grows by {fmt(grown.value)} there "
-            f"(the writer in {share:.0%} of texts).",
+            f"Block {writer} writes it, with its {part} rather than its {other} ({max(mlp, 1 - mlp):.0%} of what "
+            f"both add, by norm): its magnitude grows by {fmt(grown.value)} (the writer in {share:.0%} of texts).",
             grown.value, "activation", typical, "median change per block elsewhere", grown.ci95, grown.n, grown.n_unit,
-            {"layer": writer},
+            {"layer": writer, "part": part},
         )  # fmt: skip
 
     def _erased(self, result: Result) -> Finding:
@@ -157,38 +184,27 @@ class MassiveActivations(Analysis):
         lost = -np.diff(path, axis=0).mean(axis=1) / max(float(peak.mean()), 1e-30)
         peak_layer = int(path.mean(axis=1).argmax())
         erasers = [i + 1 for i, share in enumerate(lost) if share >= 0.1 and i >= peak_layer]
-        named = (
-            ", ".join(map(str, erasers[:-1])) + (" and " if len(erasers) > 1 else "") + str(erasers[-1])
-            if erasers
-            else ""
-        )
-        claim = (
-            f"Block{'s' * (len(erasers) > 1)} {named} take{'s' * (len(erasers) == 1)} it down: "
-            f"{gone.value:.0%} of the peak is gone at the end."
-            if erasers
-            else f"No block takes it down: {gone.value:.0%} of the peak is gone at the end."
-        )
+        named = " and ".join(filter(None, (", ".join(map(str, erasers[:-1])), *map(str, erasers[-1:]))))
+        one = len(erasers) == 1
+        who = f"Block{'s' * (not one)} {named} take{'s' * one} it down" if erasers else "No block takes it down"
+        claim = f"{who}: {gone.value:.0%} of the peak is gone at the end."
         return Finding(
             claim, gone.value, "share of the peak", 0.0, "what is written stays", gone.ci95, gone.n, gone.n_unit,
             {"layers": erasers},
         )  # fmt: skip
 
     def _layers(self, result: Result) -> Finding:
-        data, p = result.dataset, result.params.as_dict()
-        texts = np.unique(result["text"].values)
+        data, p, text = result.dataset, result.params.as_dict(), result["text"].values
         hit = (data["times_median"] > p["ratio"]) & (np.abs(data["value"].isel(rank=0)) > p["min_magnitude"])
-        per_text = [hit.values[:, result["text"].values == t].any(axis=1).sum() for t in texts]
-        count = text_mean(np.array(per_text, dtype=float))
+        count = text_mean(np.array([hit.values[:, text == t].any(axis=1).sum() for t in np.unique(text)], dtype=float))
         strict = np.flatnonzero(data["n_massive"].values > 0)
         loose = np.flatnonzero(data["n_massive_loose"].values > 0)
         also = sorted(set(loose.tolist()) - set(strict.tolist()))
         criterion = f"above {p['min_magnitude']:g} and {p['ratio']:g} × median"
-        claim = (
-            f"Massive entries ({criterion}) are present after blocks {_runs(strict.tolist())}"
-            if len(strict)
-            else f"No entry is massive ({criterion}) after any block"
-        )
-        claim += f"; above {p['loose_ratio']:g} × also after {_runs(also)}." if also else "."
+        claim = f"No entry is massive ({criterion}) after any block"
+        if len(strict):
+            claim = f"Massive entries ({criterion}) are present after blocks {extremes.in_words(strict.tolist())}"
+        claim += f"; above {p['loose_ratio']:g} × also after {extremes.in_words(also)}." if also else "."
         return Finding(
             claim, count.value, "layers", 0.0, "Gaussian entries: no layer", count.ci95, count.n, count.n_unit,
             {"strict": strict.tolist(), "loose": loose.tolist()},
@@ -196,10 +212,9 @@ class MassiveActivations(Analysis):
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
         """Magnitudes over depth, the path of the largest entry, norms per token."""
-        data = result.dataset
-        found = result.findings
-        largest, layers = found[0], found[-1]
-        path_title = found[1].claim if len(found) > 2 else "The largest entry of each text through depth"
+        data, found = result.dataset, result.findings
+        largest, layers = found[0], next(f for f in found if "strict" in f.where)
+        path_title = found[1].claim if found[1] is not layers else "The largest entry of each text through depth"
         magnitude = abs(data["value"])
         curves = {
             f"{_ORDINAL[r]}largest magnitude": magnitude.isel(rank=r).max("token")
@@ -208,64 +223,58 @@ class MassiveActivations(Analysis):
         n = len(np.unique(result["text"].values))
         path = abs(data["peak_path"]).mean("text").rename("magnitude")
         first = int(result["text"].values[0])
-        one = data.isel(token=result["text"].values == first)
+        removal = {"removal": _losses_drawn(result)} if data.sizes["case"] > 1 else {}
+        about, kept = result.about, result.params.as_dict()["top_k"]
         return {
             "magnitudes": plots.lines(
-                curves | {"median": data["median"].mean("text")},
-                title=largest.claim,
-                unit="activation",
-                quantity="magnitude",
-                log_y=True,
-                caption=f"{result.about} Largest entries of any token after each block, and the median over all entries.",
+                curves | {"median": data["median"].mean("text")}, title=largest.claim, unit="activation",
+                quantity="magnitude", log_y=True,
+                caption=f"{about} Largest entries of any token after each block, and the median over all entries.",
                 alt="Largest, second and third largest magnitude and the median magnitude against layer, logarithmic.",
             ),
             "path": plots.lines(
-                {"magnitude of the entry": path},
-                title=path_title,
-                unit="activation",
-                quantity="magnitude",
-                caption=f"{result.about} The largest entry of each text through depth, mean over {n} text{'s' * (n != 1)}; "
-                "gaps: not among the token's largest entries.",
-                alt="Magnitude of the largest entry against layer.",
+                {"magnitude of the entry": path}, title=path_title, unit="activation", quantity="magnitude",
+                caption=f"{about} The largest entry of each text through depth, mean over {n} text{'s' * (n != 1)}; "
+                "gaps: not among the token's largest entries.", alt="Magnitude of the largest entry against layer.",
             ),
             "counts": plots.lines(
-                {"strict": data["n_massive"], "loose": data["n_massive_loose"]},
-                title=layers.claim,
-                unit="entries per text",
-                quantity="massive entries",
-                caption=f"{result.about} Entries among each token's {result.params.as_dict()['top_k']} largest that pass.",
+                {"strict": data["n_massive"], "loose": data["n_massive_loose"]}, title=layers.claim,
+                unit="entries per text", quantity="massive entries",
+                caption=f"{about} Entries among each token's {kept} largest that pass.",
                 alt="Number of massive entries per text against layer, strict and loose.",
             ),
             "norms": plots.heatmap(
-                one["norm"],
-                title="Norm of the residual stream at every token",
-                unit="activation",
-                quantity="norm",
-                scale="log",
-                caption=f"{result.about} Text {first}.",
+                data["norm"].isel(token=result["text"].values == first), scale="log",
+                title="Norm of the residual stream at every token", unit="activation", quantity="norm",
+                caption=f"{about} Text {first}.",
                 alt="Heatmap over layer and token of the norm of the residual stream, logarithmic.",
             ),
+            **removal,
             "strip": self._strip(result),
-        }
+        }  # fmt: skip
 
     def _strip(self, result: Result) -> plots.TokenStrip:
         data = result.dataset
         best = data["times_median"].argmax("layer")
         dims = data["dim"].isel(rank=0).isel(layer=best).values
+        cases = [c for c in ("zero", "mean") if c in data["case"].values]
+        changed = [plots.Quantity(f"change of loss, {c}", "nats", _change(result, c), "diverging") for c in cases]
+        ratio, norm = (data[name].max("layer").values for name in ("times_median", "norm"))
         return plots.TokenStrip(
             title="Which tokens carry the largest entries",
             tokens=tuple(map(str, data["token_str"].values)),
             texts=data["text"].values,
             quantities=(
-                plots.Quantity(
-                    "largest entry at any layer", "× median", data["times_median"].max("layer").values, "log"
-                ),
-                plots.Quantity("largest norm at any layer", "activation", data["norm"].max("layer").values, "log"),
+                plots.Quantity("largest entry at any layer", "× median", ratio, "log"),
+                plots.Quantity("largest norm at any layer", "activation", norm, "log"),
+                *changed,
             ),
-            caption=f"{result.about} Hover for the layer and dimension of the token's largest entry.",
+            caption=f"{result.about} Hover for the token's role, and the layer and dimension of its largest entry."
+            + " A change of loss belongs to the position that predicts." * bool(changed),
             alt="The text, each token coloured by its largest entry in units of the layer's median.",
             notes=tuple(
-                f"after block {b}, dimension {d}" for b, d in zip(best.values.tolist(), dims.tolist(), strict=True)
+                f"{role}; after block {b}, dimension {d}"
+                for role, b, d in zip(data["role"].values, best.values.tolist(), dims.tolist(), strict=True)
             ),
         )
 
@@ -277,18 +286,28 @@ def _reducers(params: MassiveParams) -> tuple[Norm, TopMagnitudes, MedianMagnitu
     return Norm(), TopMagnitudes(params.top_k), MedianMagnitude()
 
 
-def _peak(value: np.ndarray, dim: np.ndarray, start: int, n: int) -> tuple[int, int, int, np.ndarray]:
-    """Position, dimension, layer and path through depth of the largest entry of one text."""
-    here, dims = value[:, start : start + n], dim[:, start : start + n]
-    layer, pos = np.unravel_index(np.abs(here[..., 0]).argmax(), here.shape[:2])
-    its_dim = int(dims[layer, pos, 0])
-    found = dims[:, pos] == its_dim  # layer rank
-    path = np.where(found.any(axis=1), np.where(found, here[:, pos], 0).sum(axis=1), np.nan)
-    return int(pos), its_dim, int(layer), path
-
-
-def _writer(path: np.ndarray) -> int:
-    return int(np.argmax(np.diff(np.nan_to_num(np.abs(path)), prepend=0.0)))
+def _dataset(trace: Trace, params: MassiveParams, largest: extremes.Largest, loss: dict[str, np.ndarray]) -> xr.Dataset:
+    """Who is massive, the path of each text's largest entry, and the losses."""
+    norm, top, median = (trace[Capture("resid_post", r)] for r in _reducers(params))
+    scale = np.repeat(largest.median, trace.batch.lengths, axis=1)  # layer token
+    ratios = {"": params.ratio, "_loose": params.loose_ratio}
+    losses = np.stack([*loss.values()])
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(np.nanmean(losses, axis=1))
+    data = {
+        "norm": norm["norm"],
+        "value": top["value"],
+        "dim": top["dim"],
+        "median": median["median"],
+        "times_median": (("layer", "token"), np.abs(largest.value[..., 0]) / np.maximum(scale, 1e-30)),
+        "role": ("token", extremes.token_roles(trace.batch, trace.info.bos_id)),
+        "loss_nats": (("case", "token"), losses),
+        "perplexity": ("case", perplexity),
+        **largest.peaks(*(trace[_BLOCKS][name].values for name in ("mlp_norm", "attn_norm"))),
+        **largest.carriers(trace.info.d_model, params.min_magnitude, ratios),
+    }
+    ordered = {name: data[name] for name in MassiveActivations.measures}
+    return xr.Dataset(ordered, coords={"case": np.array([*loss], dtype=object)})
 
 
 def _most_common(rows: np.ndarray) -> tuple[int, ...]:
@@ -296,17 +315,86 @@ def _most_common(rows: np.ndarray) -> tuple[int, ...]:
     return tuple(int(x) for x in found[counts.argmax()])
 
 
-def _gaussian_ratio(n: int) -> float:
-    """Expected largest magnitude of n independent Gaussian entries over their median magnitude."""
-    from scipy.stats import norm
+def _carriers(result: Result) -> Finding:
+    """Which tokens and dimensions hold massive entries; by the looser multiple where none passes the strict one."""
+    data = result.dataset
+    end = "" if (data["massive_layers"] > 0).any() else "_loose"
+    held, n_of_dim = data[f"massive_layers{end}"].values > 0, data[f"dim_texts{end}"].values
+    text, role = data["text"].values, data["role"].values
+    dims = [int(d) for d in np.argsort(-n_of_dim, kind="stable") if n_of_dim[d]]
+    named = ", ".join(f"{d} ({n_of_dim[d]})" for d in dims[:5]) + ", …" * (len(dims) > 5)
+    with_one = np.unique(text[held])
+    first = role == extremes.ROLES[0]
+    share = text_mean(np.array([first[held & (text == t)].mean() for t in with_one])).within(0, 1)
+    chance = float(np.mean([1 / (text == t).sum() for t in with_one]))
+    n = len(np.unique(text))
+    return Finding(
+        f"Of {n} text{'s' * (n != 1)}, {'loosely ' * bool(end)}massive entries lie at "
+        f"{extremes.carriers_in_words(held, role, data['token_str'].values, text)}; in dimensions (texts) {named}.",
+        share.value, "share of their tokens at the first position", chance, "tokens at any position alike",
+        share.ci95, share.n, share.n_unit,
+        {**{name: int((held & (role == name)).sum()) for name in extremes.ROLES}, "dims": dims},
+    )  # fmt: skip
 
-    return float(norm.ppf(1 - 1 / (2 * n) * np.exp(-np.euler_gamma)) / norm.ppf(0.75))
+
+def _change(result: Result, case: str, against: str = "as it is") -> np.ndarray:
+    loss = result["loss_nats"]
+    return np.asarray(loss.sel(case=case).values - loss.sel(case=against).values)
 
 
-def _runs(layers: list[int]) -> str:
-    """Layer numbers in words, consecutive ones as a range."""
-    if not layers:
-        return "none"
-    edges = [0, *(i for i in range(1, len(layers)) if layers[i] != layers[i - 1] + 1), len(layers)]
-    parts = [layers[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts)
+def _mean_change(result: Result, case: str, against: str = "as it is") -> Estimate:
+    return token_mean(_change(result, case, against), result["text"].values, result["pos"].values)
+
+
+def _removal(result: Result) -> list[Finding]:
+    """What zero and the mean in the place of massive entries cost, against the controls; nothing if not asked."""
+    cut, cases = result.dataset.attrs["intervention"], result["case"].values.tolist()
+    if cut and not cut["n_entries"]:
+        where = "any block" if cut["block"] is None else f"block {cut['block']}"
+        none = text_mean(np.zeros(len(np.unique(result["text"].values))))
+        return [Finding(
+            f"No entry is massive after {where}: there was nothing to set to zero.",
+            0.0, "entries per text", 0.0, "Gaussian entries: none", none.ci95, none.n, none.n_unit, {"block": cut["block"]},
+        )]  # fmt: skip
+    return [_cost(result, case) for case in ("zero", "mean") if case in cases]
+
+
+def _cost(result: Result, case: str) -> Finding:
+    """The change of the loss in one case, and whether it exceeds that of both controls."""
+    cut, perplexity = result.dataset.attrs["intervention"], result["perplexity"]
+    cost = _mean_change(result, case)
+    controls = [c for c in extremes.CONTROLS if c in result["case"].values]
+    null = max((_mean_change(result, c).value for c in controls), default=0.0)
+    beyond = [_mean_change(result, case, c).ci95 for c in controls]
+    worse = bool(beyond) and all(ends is not None and ends[0] > 0 for ends in beyond)
+    n, averaged = cut["n_entries"], cut["n_averaged"]
+    verdict = "more than either control does" if worse else "no more than the controls do"
+    if case == "zero":
+        what, verdict = "zero", verdict + (": the model uses them" if worse else ": presence is not function")
+        verdict += "" if averaged else "; there is no mean to set them to, as no other text has such entries"
+    else:
+        what = "their mean over the other texts" + f" ({averaged} have one)" * (averaged < n)
+    before, after = (fmt(float(perplexity.sel(case=c))) for c in ("as it is", case))
+    return Finding(
+        f"Setting the {n} massive entr{'ies' if n > 1 else 'y'} after block {cut['block']} to {what} takes perplexity "
+        f"from {before} to {after}, {verdict}.",
+        cost.value, "nats per token", null, "the larger change of two controls", cost.ci95, cost.n, cost.n_unit,
+        {"block": cut["block"], "case": case, "perplexity": float(perplexity.sel(case=case)), "beyond_controls": worse},
+    )  # fmt: skip
+
+
+def _losses_drawn(result: Result) -> plots.Figure:
+    cases = [c for c in map(str, result["case"].values) if c != "as it is"]
+    change = {c: _mean_change(result, c) for c in cases}
+    ends = {c: e.ci95 for c, e in change.items() if e.ci95 is not None}
+    return plots.bars(
+        {c: e.value for c, e in change.items()},
+        title=_removal(result)[0].claim,
+        unit="nats per token",
+        quantity="change of the mean loss",
+        reference=(0.0, "as it is"),
+        intervals=ends if len(ends) == len(change) else None,
+        caption=f"{result.about} A change of c nats multiplies perplexity by exp(c)."
+        + (f" Whiskers: 95 % intervals over {change[cases[0]].n_unit}." if ends else ""),
+        alt="Bars of the change of the mean loss for zero, the mean over other texts, and two controls.",
+    )

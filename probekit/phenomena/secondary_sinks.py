@@ -10,8 +10,8 @@ import xarray as xr
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Measure, Params, Result, fmt, param, register
 from probekit.core import Capture, Forward, ModelInfo, Trace
+from probekit.methods.sink_levels import NOISE, PRIMARY_LIKE, REFERENCES, SECONDARY, Labels, Streams, Table, tabulate
 from probekit.reduce import AttentionStats, BlockNorms, CosineTo, MlpAlignment, Norm
-from probekit.sink_levels import NOISE, PRIMARY_LIKE, REFERENCES, SECONDARY, Labels, Streams, Table, tabulate
 from probekit.stats import text_mean
 
 KINDS = {SECONDARY: "secondary sinks", PRIMARY_LIKE: "primary-like tokens", NOISE: "noise"}

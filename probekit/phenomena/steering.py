@@ -10,8 +10,8 @@ import xarray as xr
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, fmt, param, register
-from probekit.contrasts import KINDS, AtLayer, Roles, chosen_doses, chosen_layers
 from probekit.core import Add, Batch, Capture, Forward, InputError, ModelInfo, Patch, Trace
+from probekit.methods.contrasts import KINDS, AtLayer, Roles, chosen_doses, chosen_layers
 from probekit.reduce import AtPosition, Keep, NextToken, log_softmax
 from probekit.stats import Estimate, held_out_best, text_mean
 

@@ -30,6 +30,7 @@ def bars(
     reference: tuple[float, str] | None = None,
     intervals: tuple[xr.DataArray, xr.DataArray] | Mapping[str, Interval] | None = None,
     quantity: str | None = None,
+    by: str = "",
 ) -> Figure:
     """How large a quantity is in each of a few places. Labelled values lie, an axis of numbers stands.
 
@@ -42,6 +43,7 @@ def bars(
         reference: a value and what it is, drawn across the bars.
         intervals: lower and upper end of each value, in the form of `values`.
         quantity: what the values are, in words; the array's name if None.
+        by: what the labels are, in words.
     """
     import plotly.graph_objects as go
 
@@ -52,6 +54,7 @@ def bars(
     if isinstance(values, Mapping):
         places: list[Any] = [escape(label) for label in values]
         place_axis = {"type": "category", "autorange": "reversed", "ticks": "", "showgrid": False}
+        place_axis |= {"title": {"text": escape(by)}} if by else {}
     else:
         places, place_axis = axis_of(values, str(values.dims[0]))
     lying = isinstance(values, Mapping)

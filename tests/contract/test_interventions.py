@@ -55,6 +55,13 @@ def contrasts() -> Batch:
     return Batch((*pairs().texts, *neutral.texts[:2]))
 
 
+def domains() -> Batch:
+    """Texts of two domains."""
+    rng = np.random.default_rng(0)
+    texts = (_text(rng.integers(3, 120, n)) for n in (12, 10, 14, 11, 13, 12, 10, 15))
+    return Batch(tuple(dataclasses.replace(t, domain="ab"[i % 2]) for i, t in enumerate(texts)))
+
+
 @dataclass(frozen=True)
 class Case:
     """How to run one analysis.
@@ -68,6 +75,7 @@ class Case:
         n_unit: what its intervals are over.
         bad: texts that it refuses, with what the message says.
         bounds: values of parameters that are tried beside the defaults.
+        by_text: whether all that depends on a text lies on the axes text and token, so that it moves with the text.
     """
 
     texts: Callable[[], Batch] = singles
@@ -78,6 +86,7 @@ class Case:
     n_unit: str = "texts"
     bad: tuple[tuple[Callable[[Batch], Batch], str], ...] = ()
     bounds: tuple[dict[str, Any], ...] = ()
+    by_text: bool = True
 
 
 CASES: dict[str, Case] = {
@@ -104,7 +113,38 @@ CASES: dict[str, Case] = {
             {"attribution": False},
         ),
     ),
+    "dormant-heads": Case(
+        domains,
+        {"n_permutations": 199, "n_heads": 5},
+        bad=((lambda batch: Batch(batch.texts[:1] + singles().texts), "needs at least 9"),),
+        bounds=(
+            {"heads": "all"},
+            {"n_heads": 1},
+            {"removal": "first"},
+            {"dormant": 0.4, "active": 0.4},
+            {"dormant": 1, "active": 0},
+            {"first_query": 1},
+            {"n_permutations": 19},
+            {"alpha": 0.5},
+        ),
+    ),
+    "forking-paths": Case(
+        params={"answer_words": "w5,w9,w30", "max_tokens": 6, "n": 4, "most": 8, "p_min": 0.06},
+        n_unit="answers",
+        bounds=({"spacing": 3}, {"most": 4}, {"epsilon": 0.05}, {"answer_words": "", "answer_regex": r"w(\d)"}),
+        by_text=False,  # branches have an axis of their own
+    ),
     "layer-ablation": Case(bounds=({"swap": False}, {"stride": 50}, {"count_first": True})),
+    "sink-anatomy": Case(
+        params={"horizon": 6, "tail": 1, "epsilon": 0.25, "min_magnitude": 0.0, "ratio": 4.0, "phases": 1},
+        bounds=(
+            {"phases": 0},
+            {"phases": 8, "ratio": 1.0},
+            {"top_k": 1, "tail": 0},
+            {"epsilon": 0.99},
+            {"ratio": 1e9, "loose_ratio": 1.0},
+        ),
+    ),
     "steering": Case(
         contrasts,
         {"n_neutral": 2, "layers": "1", "doses": "0.5,1", "n_controls": 2},
@@ -120,8 +160,9 @@ CASES: dict[str, Case] = {
         bounds=({"position": "mean"}, {"n_controls": 1}, {"layers": "", "doses": "1"}, {"n_neutral": 0}),
     ),
 }
-NAMES = tuple(name for name, a in analyses().items() if a.intervenes)
+NAMES = tuple(name for name, a in analyses().items() if a.intervenes or a.writes)
 every_analysis = pytest.mark.parametrize("name", [n for n in NAMES if n in CASES])
+every_movable = pytest.mark.parametrize("name", [n for n in NAMES if n in CASES and CASES[n].by_text])
 
 
 def result_of(name: str, batch: Batch | None = None, **values: Any) -> Result:
@@ -192,7 +233,7 @@ def test_same_again(name: str) -> None:
     assert first.findings == second.findings and model.weights_hash(fresh=True) == before
 
 
-@every_analysis
+@every_movable
 def test_order_changes_nothing_but_the_order(name: str) -> None:
     """Values of texts and tokens move with their texts; findings stay."""
     batch, group, n_moved = CASES[name].texts(), CASES[name].group, len(CASES[name].texts()) - CASES[name].trailing
@@ -212,7 +253,7 @@ def test_order_changes_nothing_but_the_order(name: str) -> None:
     _same_findings(second.findings, first.findings)
 
 
-@every_analysis
+@every_movable
 def test_corpus_index_changes_nothing(name: str) -> None:
     """Texts cut from a larger corpus give the same numbers as on their own."""
     batch, group = CASES[name].texts(), CASES[name].group
@@ -287,7 +328,7 @@ def test_findings_and_figures_carry_their_evidence(name: str) -> None:
     result = result_of(name)
     _check_findings(name, result.findings)
     assert any(f.n_unit == CASES[name].n_unit for f in result.findings)
-    _check_figures(result.figures(), CASES[name].texts().n_tokens)
+    _check_figures(result.figures(), result.dataset.sizes.get("token", 0))
 
 
 def _bounds() -> list[Any]:
@@ -304,7 +345,7 @@ def test_parameters_run_at_their_bounds(name: str, values: dict[str, Any]) -> No
     result = result_of(name, **values)
     assert values.items() <= dataclasses.asdict(result.params).items()
     _check_findings(name, result.findings)
-    _check_figures(result.figures(), CASES[name].texts().n_tokens)
+    _check_figures(result.figures(), result.dataset.sizes.get("token", 0))
 
 
 @every_analysis

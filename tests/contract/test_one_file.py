@@ -91,5 +91,5 @@ def test_a_second_model_is_not_silently_the_first(tmp_path: Path) -> None:
     two.write_text(source, encoding="utf-8")
     with temporary_registrations():
         load_file(two)
-        with pytest.raises(InputError, match="role 'base'; this run has one model"):
+        with pytest.raises(InputError, match="role 'base'; this run has model"):
             run("mean-norm", scripted(), texts_of((5,)))

@@ -193,17 +193,17 @@ def test_texts_batched_together_are_what_each_is_alone(smol: Any) -> None:
 
 def test_massive_activation_is_where_it_is_known_to_be(found: Results) -> None:
     """Near 22,000 in dimension 507 at position 0, written by block 11, taken down by the last two blocks."""
-    largest, written, erased, layers = found["massive-activations"].findings
+    largest, written, erased, _, layers = found["massive-activations"].findings
     assert (largest.where["dim"], largest.where["pos"]) == (507, 0)
     assert 18_000 < largest.where["magnitude"] < 28_000
-    assert written.where == {"layer": 11} and erased.where == {"layers": [28, 29]}
+    assert written.where == {"layer": 11, "part": "MLP"} and erased.where == {"layers": [28, 29]}
     assert layers.where["strict"] == list(range(11, 28))
     assert largest.value > 1_000 > 10 * largest.null
 
 
 def test_sinks_come_in_two_phases_over_depth(found: Results) -> None:
     """A phase before the massive activation is written, and one from there to the end; most pairs have a sink."""
-    rate, share, phases, _ = found["attention-sinks"].findings
+    rate, share, phases, *_ = found["attention-sinks"].findings
     (first, second) = phases.where["phases"]
     assert 1 <= first[0] <= 4 and 7 <= first[1] <= 10 and 11 <= second[0] <= 13 and second[1] == 29
     assert 50 < rate.value < 90 and share.value > 3 * share.null

@@ -43,6 +43,7 @@ AMPLIFIED = {"layer_entropy_rest_nats": 0.005}
 RANKS = {"target_rank"}
 IDS = {"top_id": "top_logprob", "dim": "value"}  # ids, and the values that order them
 DECIDED = {"sink_share", "sink_rate", "sink_rate_by_key", "sink_rate_by_epsilon", "settled_layer", "agreement"}
+DECIDED |= {"sink_pos", "main_pos"}  # of value-drain
 DECIDED |= {"agreement_null", "n_massive", "n_massive_loose", "peak_pos", "peak_dim", "peak_layer", "writer"}
 
 
@@ -83,8 +84,14 @@ CONTRASTS = tuple(
 INTERVENING: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "activation-patching": (CAPITALS, {"attribution": False}),
     "layer-ablation": (CAPITALS, {"swap": False, "stride": 6}),
+    "dormant-heads": (CAPITALS, {"heads": "sample", "n_heads": 4, "n_permutations": 50}),
+    "sink-anatomy": (CAPITALS, {}),
     "steering": (CONTRASTS, {"n_neutral": 0, "layers": "15", "doses": "0.5", "n_controls": 1}),
 }
+
+
+# nnsight shows no keys, so what is measured of them is NaN there.
+WITHOUT = {("nnsight", name) for name in ("key_norm", "key_ratio", "first_key_ratio", "key_typical")}
 
 
 def run_all(model: Any) -> dict[str, Result]:
@@ -111,7 +118,7 @@ def compare(backend: str, found: dict[str, Result], expected: dict[str, Result])
     for name, result in expected.items():
         assert set(found[name].dataset.variables) == set(result.dataset.variables)
         for variable in map(str, result.dataset.data_vars):
-            if result[variable].dtype.kind in "fiub":
+            if result[variable].dtype.kind in "fiub" and (backend, variable) not in WITHOUT:
                 rows.append(_difference(f"{name} · {variable}", backend, found[name].dataset, result.dataset))
     return rows
 
@@ -180,7 +187,8 @@ def test_three_backends_agree(found: dict[str, dict[str, Result]]) -> None:
     native = found["transformers"]
     rows = [row for backend in OTHERS for row in compare(backend, found[backend], native)]
     print("\n" + table(rows))
-    assert {r.statistic.partition(" ")[0] for r in rows} == set(native) == set(analyses())
+    looking = {name for name, a in analyses().items() if not (a.writes or a.roles)}
+    assert {r.statistic.partition(" ")[0] for r in rows} == set(native) == looking
     assert len(rows) >= 80, "variables of all results, twice"
     assert not [r for r in rows if r.beyond]
 

@@ -14,7 +14,7 @@ from probekit.analysis import Result
 from probekit.backends.scripted import Script, planted, random_play
 from probekit.backends.transformers import TransformersModel
 from probekit.core import Batch, Capture, TokenText
-from probekit.phenomena.attention_sinks import sink_phases
+from probekit.methods.sinks import sink_phases
 from probekit.reduce import AttentionStats, Keep
 
 T, N_LAYERS, N_HEADS = 64, 9, 4
@@ -50,7 +50,7 @@ def test_planted_sinks_are_found_in_their_heads_with_their_strength() -> None:
     for layer, head in strong:
         expected[:, layer, head] = 1
     assert np.array_equal(result["sink_rate"], expected)
-    rate, share, phases, others = result.findings
+    rate, share, phases, others, *_ = result.findings
     assert rate.value == pytest.approx(100 * len(strong) / (N_LAYERS * N_HEADS), rel=1e-6)
     assert (rate.null, rate.unit, rate.n, rate.n_unit) == (0.0, "percent", 6, "texts")
     assert (phases.value, phases.where["phases"]) == (2, [[1, 2], [5, 7]])
@@ -69,9 +69,9 @@ def test_uniform_attention_has_no_sink() -> None:
     first = result["pos"].values == 0
     assert_close(result["received"].values[..., first], np.full((N_LAYERS, N_HEADS, 5), UNIFORM), rtol=1e-6)
     assert pytest.approx(0.0741, abs=5e-5) == UNIFORM
-    rate, share, phases, others = result.findings
+    rate, share, phases, others, *_ = result.findings
     assert (rate.value, rate.null, phases.value, others.value) == (0, 0, 0, 0)
-    assert phases.claim == "No block has sinks in many of its heads."
+    assert phases.claim == "No block has sinks in many heads."
     even = float(np.mean(1 / np.arange(2, T + 1)))
     assert share.value == pytest.approx(even, rel=1e-6) and share.null == pytest.approx(even, rel=1e-12)
     rows = np.log(np.arange(2, T + 1))
@@ -84,7 +84,7 @@ def test_noisy_attention_has_no_sink() -> None:
     """Random scores of unit variance: no rate, no phase, on any of twenty models."""
     for seed in range(20):
         model = scripted(play=random_play(2, 3, seed=seed, sharpness=1.0), n_layers=2, n_heads=3)
-        rate, _, phases, others = run("attention-sinks", model, texts_of((T, 70), seed=seed))[
+        rate, _, phases, others, *_ = run("attention-sinks", model, texts_of((T, 70), seed=seed))[
             "attention-sinks"
         ].findings
         assert (rate.value, phases.value, others.value) == (0, 0, 0)
@@ -124,7 +124,7 @@ def test_sink_at_another_position_is_found_there() -> None:
     at = result["pos"].values == 5
     assert_close(result["sink_share"].values[3:5, at], np.full((2, 6), 0.75), rtol=1e-12)
     assert np.nansum(result["sink_share"].values[:, ~at]) == 0
-    rate, _, phases, others = result.findings
+    rate, _, phases, others, *_ = result.findings
     assert (rate.value, phases.value) == (0, 0)
     assert others.value == pytest.approx(6 / 36, rel=1e-6) and others.where["pos"] == 5
 
@@ -140,7 +140,7 @@ def test_tail_is_left_out_of_the_search() -> None:
     assert_close(result["received"].values[0, 0, :T], 1 / (T - np.arange(T)), rtol=1e-6)
     assert np.isnan(result["sink_rate_by_key"].values[-8:]).all() and not np.isnan(result["sink_rate_by_key"][55])
     assert np.isnan(result["sink_share"].values[:, T - 8 : T]).all()
-    assert [f.value for f in result.findings[::2]] == [0, 0] and result.findings[3].value == 0
+    assert [f.value for f in result.findings[::2]] == [0, 0, 0] and result.findings[3].value == 0
     assert_close(result["layer_entropy_nats"], np.zeros(N_LAYERS), atol=1e-6)
     without = find(planted(random_play(N_LAYERS, N_HEADS), plant), (T,) * 2, tail=0)
     assert without["sink_rate_by_key"].values[-3:].tolist() == [100, 100, 100], "these are what the tail hides"
@@ -154,7 +154,7 @@ def test_tail_longer_than_the_horizon_leaves_nothing_to_search() -> None:
 def test_all_attention_on_position_0() -> None:
     """One-hot rows: received 1, entropy 0, rate 100 %."""
     result = find(sinks({(layer, head): 1.0 for layer in range(N_LAYERS) for head in range(N_HEADS)}))
-    rate, share, phases, _ = result.findings
+    rate, share, phases, *_ = result.findings
     assert (rate.value, phases.value, phases.where["phases"]) == (100, 1, [[0, N_LAYERS - 1]])
     assert share.value == pytest.approx(1)
     assert_close(result["layer_entropy_nats"], np.zeros(N_LAYERS), atol=1e-6)
@@ -201,4 +201,6 @@ def test_a_repeated_token_without_positions_has_no_sink() -> None:
     batch = Batch((TokenText((7,) * T, ("x",) * T),))
     stats = see(model, [Capture("pattern", AttentionStats())], batch)[0]
     assert_close(stats["received"].values[..., 0], np.full((3, 4), UNIFORM), rtol=1e-4)
-    assert run("attention-sinks", model, batch)["attention-sinks"].findings[0].value == 0
+    result = run("attention-sinks", model, batch, n_made=3)["attention-sinks"]
+    assert result.findings[0].value == 0
+    assert result["made_rate"].sel(case="repeated").values.tolist() == [0, 0, 0]

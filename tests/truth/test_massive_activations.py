@@ -10,8 +10,8 @@ from helpers import assert_close, run, scripted, texts_of
 
 from probekit.analysis import Result
 from probekit.backends.scripted import Script, planted, random_play
-from probekit.core import TokenText
-from probekit.phenomena.massive_activations import _gaussian_ratio
+from probekit.core import Batch, TokenText
+from probekit.methods.extremes import gaussian_ratio
 
 N_LAYERS, D_MODEL = 10, 48
 LENGTHS = (30, 41, 25, 36, 30, 28)
@@ -39,18 +39,24 @@ def find(play: Any, lengths: tuple[int, ...] = LENGTHS, **params: Any) -> Result
 def test_planted_entry_is_located_with_writer_and_eraser(pos: int, dim: int, sign: int) -> None:
     """2000 after blocks 3 to 6: written by block 3, taken down by block 7, at its token and dimension."""
     result = find(planted(NULL, entry({layer: sign * 2000.0 for layer in range(3, 7)}, pos, dim)))
-    largest, written, erased, layers = result.findings
+    largest, written, erased, carriers, layers = result.findings
     assert (largest.where["pos"], largest.where["dim"], largest.where["magnitude"]) == (pos, dim, 2000)
     medians = [np.median(np.abs(m)) for m in _residuals(result)]
     assert largest.value == pytest.approx(2000 / np.mean(medians), rel=0.05)
-    assert written.where == {"layer": 3} and written.value == pytest.approx(2000, rel=2e-3)
+    assert written.where == {"layer": 3, "part": "attention"} and written.value == pytest.approx(2000, rel=2e-3)
     assert erased.where == {"layers": [7]} and erased.value == pytest.approx(1, abs=2e-3)
     assert layers.where == {"strict": [3, 4, 5, 6], "loose": [3, 4, 5, 6]} and layers.value == 4
     assert result["n_massive"].values.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
     assert set(result["peak_pos"].values) == {pos} and set(result["peak_dim"].values) == {dim}
     assert set(result["writer"].values) == {3}
     assert_close(result["peak_path"].values[3:7], np.full((4, 6), sign * 2000.0))
+    role = "first position" if pos == 0 else "other"
+    assert (carriers.where[role], carriers.where["dims"]) == (6, [dim]) and carriers.value == float(pos == 0)
+    assert carriers.null == pytest.approx(np.mean(1 / np.array(LENGTHS))) and carriers.n == 6
     at = result["pos"].values == pos
+    assert_close(result["times_median"].values[3, at], 2000 / result["median"].values[3], rtol=1e-6)
+    assert (result["massive_layers"].values == 4 * at).all() and set(result["role"].values[at]) == {role}
+    assert result["dim_texts"].values.tolist() == [6 * (d == dim) for d in range(D_MODEL)]
     assert (result["value"].values[3:7, at, 0] == sign * 2000).all() and (result["dim"].values[3:7, at, 0] == dim).all()
     assert largest.ci95 is not None and largest.ci95[0] > 100 * largest.null
 
@@ -58,6 +64,65 @@ def test_planted_entry_is_located_with_writer_and_eraser(pos: int, dim: int, sig
 def _residuals(result: Result) -> list[np.ndarray]:
     batch = texts_of(LENGTHS)
     return [NULL(text).resid[3] for text in batch]
+
+
+@pytest.mark.parametrize("part", ["MLP", "attention"])
+def test_the_part_of_the_block_that_writes_is_told(part: str) -> None:
+    """2000 added by block 3's MLP, or by its attention: the share of the norms is nearly 1, or nearly 0."""
+
+    def plant(text: TokenText, script: Script) -> Script:
+        script.resid[3:7, 0, 37] = 2000.0
+        if part == "MLP":
+            assert script.mlp is not None
+            script.mlp[3, 0, 37] = 2000.0
+        return script
+
+    result = find(planted(NULL, plant))
+    shares = result["writer_mlp_share"].values
+    assert (shares > 0.99).all() if part == "MLP" else (shares < 0.01).all()
+    written = result.findings[1]
+    assert written.where["part"] == part and f"with its {part} rather than" in written.claim
+
+
+def test_roles_of_a_hand_made_text() -> None:
+    """First position, first and further delimiters, a special token told by its spelling: each is counted and named."""
+    strings = ("Summer", " is", ".", "\n", " Winter", " is", "<|im_end|>", ".", " cold")
+    batch = Batch(tuple(TokenText(tuple(range(5 + i, 14 + i)), strings) for i in range(2)))
+
+    def plant(text: TokenText, script: Script) -> Script:
+        script.resid[4, [0, 2, 3, 6], 7] = 3000.0
+        if text.ids[0] == 5:
+            script.resid[4, 5, 9] = -3000.0
+        return script
+
+    model = scripted(play=planted(NULL, plant), n_layers=N_LAYERS, n_heads=1, d_model=D_MODEL)
+    result = run("massive-activations", model, batch)["massive-activations"]
+    roles = [
+        "first position",
+        "other",
+        "first delimiter",
+        "delimiter",
+        "other",
+        "other",
+        "special",
+        "delimiter",
+        "other",
+    ]
+    assert result["role"].values.tolist() == 2 * roles
+    (carriers,) = (f for f in result.findings if "other" in f.where)
+    assert carriers.where == {
+        "first position": 2, "special": 2, "first delimiter": 2, "delimiter": 2, "other": 1, "dims": [7, 9]
+    }  # fmt: skip
+    assert carriers.value == pytest.approx((1 / 5 + 1 / 4) / 2) and carriers.null == pytest.approx(1 / 9)
+    assert "the first delimiter in 2 texts ('.'); a further delimiter in 2 texts ('\\n')" in carriers.claim
+    assert "another token in 1 text (' is'); in dimensions (texts) 7 (2), 9 (1)." in carriers.claim
+    assert result["dim_texts"].values[[7, 9]].tolist() == [2, 1] and result["dim_texts"].values.sum() == 3
+
+
+def test_carriers_are_those_of_the_looser_multiple_where_none_is_strict() -> None:
+    carriers = find(planted(NULL, entry({2: 450.0}))).findings[3]
+    assert "loosely massive entries lie at the first position in 6 texts" in carriers.claim
+    assert carriers.where["first position"] == 6
 
 
 def test_strict_and_loose_counts_differ_where_they_should() -> None:
@@ -111,6 +176,18 @@ def test_each_text_is_followed_at_its_own_place() -> None:
     assert result["peak_dim"].values.tolist() == [n % 7 for n in LENGTHS]
 
 
+def test_the_loss_comes_with_the_only_pass() -> None:
+    """Next to token-uncertainty it is looked at once, and it is that analysis' surprisal."""
+    model = scripted(n_layers=N_LAYERS, n_heads=1, d_model=D_MODEL)
+    both = run(["massive-activations", "token-uncertainty"], model, texts_of(LENGTHS))
+    massive, own = both["massive-activations"], both["token-uncertainty"]["surprisal_nats"].values
+    (plan,) = massive.provenance["plan"]
+    assert sum(key.startswith("logits:") for key in plan["captures"]) == 1
+    assert massive["case"].values.tolist() == ["as it is"]
+    assert_close(massive["loss_nats"].values[0], own)
+    assert_close(massive["perplexity"].values, [np.exp(np.nanmean(own))], rtol=1e-6)
+
+
 def test_gaussian_entries_are_not_massive() -> None:
     """The matched null on twenty models: nothing massive, no writer is claimed."""
     for seed in range(20):
@@ -129,7 +206,7 @@ def test_gaussian_null_ratio_is_that_of_a_simulation(n: int) -> None:
         magnitudes = np.abs(rng.normal(size=n))
         ratios.append(magnitudes.max() / np.median(magnitudes))
     error = float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5
-    assert abs(_gaussian_ratio(n) - np.mean(ratios)) < 3 * error + 0.01 * np.mean(ratios)
+    assert abs(gaussian_ratio(n) - np.mean(ratios)) < 3 * error + 0.01 * np.mean(ratios)
 
 
 def test_gaussian_null_matches_the_statistic() -> None:

@@ -12,7 +12,7 @@ from helpers import assert_close, run, scripted, texts_of
 from probekit.analysis import Result
 from probekit.backends.scripted import Play, Script, planted, random_play
 from probekit.core import Batch, TokenText
-from probekit.sink_levels import NOISE, PRIMARY_LIKE, SECONDARY, Labels, Levels, Table, published_window, runs
+from probekit.methods.sink_levels import NOISE, PRIMARY_LIKE, SECONDARY, Labels, Levels, Table, published_window, runs
 
 N_LAYERS, D_MODEL = 20, 48
 LENGTHS = (30, 41, 25, 36, 30, 28)

@@ -12,9 +12,9 @@ from helpers import SIZES, assert_close, random_weights, run, tiny_model, words_
 
 from probekit.analysis import Result
 from probekit.backends.transformers import TransformersModel
-from probekit.contrasts import chosen_doses
 from probekit.core import Batch, Capture, Forward, InputError, TextError, TokenText
 from probekit.engine import run_pass
+from probekit.methods.contrasts import chosen_doses
 from probekit.phenomena.steering import stands_out, steering_patch
 from probekit.reduce import NextToken
 
@@ -205,7 +205,7 @@ def test_pairs_without_a_common_direction_do_not_steer() -> None:
 
 def test_controls_are_as_long_as_the_direction_and_at_right_angles() -> None:
     """Unit vectors; orthogonal ones at right angles to the direction, and within the span of the pairs' activations."""
-    from probekit.contrasts import AtLayer, Roles
+    from probekit.methods.contrasts import AtLayer, Roles
 
     batch = texts_for(5)
     embed = planted_model().module.model.embed_tokens.weight.detach().double().numpy()

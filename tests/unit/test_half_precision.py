@@ -35,15 +35,21 @@ from probekit.models import open_model
 from probekit.reduce import (
     AtPosition,
     AttentionStats,
+    BlockNorms,
+    CosineTo,
     Keep,
     LocalAttention,
     LogitDirection,
     Maps,
     MedianMagnitude,
+    MlpAlignment,
     NextToken,
     Norm,
+    OutputNorm,
     Readout,
     ReceivedWithin,
+    Reducer,
+    SinkLogitGap,
     TopMagnitudes,
 )
 
@@ -58,7 +64,10 @@ CAPTURES = (
     Capture("resid_post", Readout(5)),
     Capture("logits", NextToken(5)),
     Capture("logits", Keep()),
-    *(Capture(site, Keep()) for site in ("q", "k", "resid_pre", "attn_out", "mlp_out")),
+    *(Capture(site, Keep()) for site in ("q", "k", "v", "resid_pre", "resid_mid", "attn_out", "mlp_out")),
+    *(Capture("resid_post", r) for r in (BlockNorms(), MlpAlignment(0), CosineTo(0))),
+    Capture("v", OutputNorm()),
+    Capture("pattern", SinkLogitGap()),
     *(Capture(site, LogitDirection("target")) for site in ("resid_pre", "attn_out", "mlp_out", "logits")),
 )
 
@@ -135,6 +144,44 @@ def test_attention_is_reduced_in_float32(kind: str, dtype: str) -> None:
             near = np.tril(maps, -1).sum(-1) - np.tril(maps, -6).sum(-1)
             assert_close(here[LocalAttention].sel(layer=layer)["local_share"].values, near, atol=2e-4)
     assert min(batch().lengths) > WINDOW, "no text is long enough for the window to matter"
+
+
+@every_half
+@every_kind
+def test_relations_are_reduced_in_float32(kind: str, dtype: str) -> None:
+    """Whole blocks from the stream that the half-precision model had; gaps from its scores; W_O read off in its type."""
+    seen = seen_in(kind, dtype, dtype)
+
+    def kept(site: str) -> list[np.ndarray]:
+        return texts(seen[Capture(site, Keep()).key]["value"])  # token, layer, …
+
+    def found(site: str, reducer: Reducer, name: str) -> list[np.ndarray]:
+        return texts(seen[Capture(site, reducer).key][name])
+
+    for i, n in enumerate(batch().lengths):
+        before, middle, after = (kept(s)[i] for s in ("resid_pre", "resid_mid", "resid_post"))
+        mlp = after - middle
+        assert_close(found("resid_post", BlockNorms(), "mlp_norm")[i], np.linalg.norm(mlp, axis=-1), rtol=1e-5)
+        attention = np.linalg.norm(middle - before, axis=-1)
+        assert_close(found("resid_post", BlockNorms(), "attn_norm")[i], attention, rtol=1e-4)
+        assert_close(found("resid_post", CosineTo(0), "cosine")[i], cosine(after, after[:1]), atol=1e-5)
+        assert_close(found("resid_post", MlpAlignment(0), "mlp_to_mlp")[i], cosine(mlp, mlp[:1]), atol=1e-4)
+        q, k, v = (kept(s)[i] for s in ("q", "k", "v"))  # token, layer, head, d_head
+        group = q.shape[2] // k.shape[2]
+        scores = np.einsum("qlhd,klhd->lhqk", q, np.repeat(k, group, axis=2)) * q.shape[-1] ** -0.5
+        gap = found("pattern", SinkLogitGap(), "gap_nats")[i]
+        for layer, window in enumerate(windows_of(kind)):
+            sees = allowed(n, window)
+            for at in (3, n - 1):
+                between = [j for j in range(1, at) if sees[at, j]]
+                expected = scores[layer, :, at, 0] - scores[layer, :, at][:, between].mean(axis=1)
+                assert_close(gap[at, layer], expected if sees[at, 0] else np.full_like(expected, np.nan), atol=1e-4)
+        ratio = found("v", OutputNorm(), "output_norm")[i] / np.linalg.norm(np.repeat(v, group, axis=2), axis=-1)
+        assert np.isfinite(ratio).all() and ratio.min() > 0.1 and ratio.max() < 10, "of the size of W_O"
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))
 
 
 @every_half
