@@ -46,11 +46,16 @@ class _RunCommand(click.Command):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *parameter_flags(analyses())]
+        own = super().get_params(ctx)
+        taken = {flag for option in own for flag in option.opts}
+        return [*own, *(flag for flag in parameter_flags(analyses()) if not taken & set(flag.opts))]
 
 
 def parameter_flags(known: dict[str, Analysis]) -> list[click.Parameter]:
-    """One flag per parameter name; `--logit-lens.top-k` reaches one analysis only, `--top-k` all that have it."""
+    """One flag per parameter name; `--logit-lens.top-k` reaches one analysis only, `--top-k` all that have it.
+
+    A parameter that is called like an option of `run` itself (`--window`) is reached by the longer flag only.
+    """
     shared: dict[str, dict[str, ParamSpec]] = {}
     flags: list[click.Parameter] = []
     for name, analysis in known.items():

@@ -182,3 +182,16 @@ def test_one_file_of_the_users_is_a_new_analysis(tiny_folder: Path, tmp_path: Pa
         assert done.exit_code == 0, done.output
         assert "The stream has a length." in done.output
     assert "stream-norm" not in pk.list_analyses()
+
+
+def test_options_of_run_are_not_taken_by_parameters(tiny_folder: Path) -> None:
+    """activation-patching has a parameter `window`; `--window` cuts texts all the same, and the longer flag reaches it."""
+    words = " ".join(f"w{i % 100 + 3}" for i in range(40))
+    common = ["--model", str(tiny_folder), "--text", words, "--plan"]
+    cut = CliRunner().invoke(cli, ["run", "logit-lens", *common, "--window", "10"])
+    assert cut.exit_code == 0 and "texts     4 with 40 tokens" in cut.output, cut.output
+    pair = ["--text", "w3 w4 w5", "--text", "w3 w6 w7", "--model", str(tiny_folder), "--plan"]
+    long = CliRunner().invoke(cli, ["run", "activation-patching", *pair, "--activation-patching.window", "three"])
+    assert "parameter 'window' must be int" in long.output, long.output
+    shown = CliRunner().invoke(cli, ["run", "--help"]).output
+    assert shown.count("--window ") == 1
