@@ -84,20 +84,25 @@ CONTRASTS = tuple(
 INTERVENING: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "activation-patching": (CAPITALS, {"attribution": False}),
     "layer-ablation": (CAPITALS, {"swap": False, "stride": 6}),
-    "dormant-heads": (CAPITALS, {"heads": "sample", "n_heads": 4, "n_permutations": 50}),
-    "sink-anatomy": (CAPITALS, {}),
+    "dormant-heads": (tuple(texts()), {"n_heads": 4, "n_permutations": 50}),
+    "sink-anatomy": (tuple(texts()), {"horizon": 32, "phases": 1}),
     "steering": (CONTRASTS, {"n_neutral": 0, "layers": "15", "doses": "0.5", "n_controls": 1}),
 }
 
 
-# nnsight shows no keys, so what is measured of them is NaN there.
+# nnsight shows no keys: one analysis is refused there, and what another measures of them is NaN.
+REFUSED = {"nnsight": {"sink-anatomy"}}
 WITHOUT = {("nnsight", name) for name in ("key_norm", "key_ratio", "first_key_ratio", "key_typical")}
 
 
-def run_all(model: Any) -> dict[str, Result]:
-    """Every analysis there is, with this model."""
+def run_all(model: Any, refused: set[str]) -> dict[str, Result]:
+    """Every analysis there is, with this model, but for those that it refuses."""
     found = dict(pk.run(["all"], model, texts(), progress=False))
     for name, (some, params) in INTERVENING.items():
+        if name in refused:
+            with pytest.raises(pk.ProbekitError, match="has no point"):
+                pk.run(name, model, list(some), progress=False, **params)
+            continue
         found[name] = pk.run(name, model, list(some), progress=False, **params)
     return found
 
@@ -108,14 +113,15 @@ def results() -> dict[str, dict[str, Result]]:
     models = {"transformers": native}
     for backend in OTHERS:
         models[backend] = pk.open_model((native.module, native.tokenizer), backend=backend)
-    return {backend: run_all(model) for backend, model in models.items()}
+    return {backend: run_all(model, REFUSED.get(backend, set())) for backend, model in models.items()}
 
 
 def compare(backend: str, found: dict[str, Result], expected: dict[str, Result]) -> list[Difference]:
     """Every variable of every result."""
-    assert set(found) == set(expected)
+    assert set(found) == set(expected) - REFUSED.get(backend, set())
     rows = []
-    for name, result in expected.items():
+    for name in found:
+        result = expected[name]
         assert set(found[name].dataset.variables) == set(result.dataset.variables)
         for variable in map(str, result.dataset.data_vars):
             if result[variable].dtype.kind in "fiub" and (backend, variable) not in WITHOUT:
@@ -172,7 +178,7 @@ def table(rows: list[Difference]) -> str:
     lines.append("|---" * (2 + 2 * len(OTHERS)) + "|")
     for statistic in dict.fromkeys(r.statistic for r in rows):
         mine = {r.backend: r for r in rows if r.statistic == statistic}
-        cells = [f"{mine[b].absolute:.1e} | {mine[b].relative:.1e}" for b in OTHERS]
+        cells = [f"{mine[b].absolute:.1e} | {mine[b].relative:.1e}" if b in mine else "refused |" for b in OTHERS]
         lines.append(f"| {statistic} | {' | '.join(cells)} | {mine[OTHERS[0]].allowed} |")
     return "\n".join(lines)
 
