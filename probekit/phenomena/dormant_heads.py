@@ -156,7 +156,7 @@ class DormantHeads(Analysis):
             "null_switching": ("sample", test.null_count),
             "resampled_switching": ("sample", test.resampled_count),
         }
-        coords = token_coords(seen.batch) | {"case": np.array([n or "unnamed" for n in names], dtype=object)}
+        coords = token_coords(seen.batch) | {"case": np.array([n or "all texts" for n in names], dtype=object)}
         coords |= {"layer": np.arange(info.n_layers), "head": np.arange(info.n_heads)}
         return xr.Dataset(data, coords)[list(self.measures)]
 

@@ -246,7 +246,7 @@ def test_too_few_texts_are_told(whole: Result) -> None:
 def test_one_domain_has_dormancy_and_costs_and_no_test(named: bool) -> None:
     texts = [replace(text_of("b", i), domain="b" if named else "") for i in range(5)]
     result = dormant(model_of(planted), Batch(tuple(texts)), n_heads=12)
-    assert result["case"].values.tolist() == ["b" if named else "unnamed"]
+    assert result["case"].values.tolist() == ["b" if named else "all texts"]
     assert not result["switches"].values.any() and (result["p_value"].values == 1).all()
     assert "needs texts of two domains at least" in result.findings[0].claim
     assert [f.unit for f in result.findings] == ["share of heads", "nats", "nats", "rank correlation"]
