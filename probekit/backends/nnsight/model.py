@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from probekit.backends.capture_pass import CapturePass, require_forward
 from probekit.backends.self_check import N_TOKENS, TOLERANCE, self_check
 from probekit.backends.transformers.forward_pass import evaluating
+from probekit.backends.transformers.implementation import attention_by
 from probekit.backends.transformers.model import NativeUnembed, TransformersModel
 from probekit.backends.transformers.weights import OUTPUT_PROJECTIONS, output_gram
 from probekit.core import (
@@ -49,7 +50,7 @@ from probekit.core import (
 from probekit.reduce import Keep, Partial
 from probekit.reduce.unembed import Unembed
 
-from .visits import ATTENTION_INPUT, ORDER, MapWatch, Visit, eager, make_visits, tapped
+from .visits import ATTENTION_INPUT, ORDER, MapWatch, Visit, make_visits, tapped
 
 try:
     import nnsight
@@ -231,8 +232,8 @@ class NnsightModel:
         """
         if self.remote:
             raise CapabilityError("Values cannot be seen through W_O of a remote model: its weights are on a server.")
-        attention = self.module.get_submodule(self._place("pattern", layer)[0])
-        return output_gram(attention, self.info.n_heads, self.info.d_head)
+        info, path = self.info, self._place("pattern", layer)[0]
+        return output_gram(self.module.get_submodule(path), info.n_heads, info.d_head)
 
     @property
     def unembed(self) -> Unembed:
@@ -270,7 +271,7 @@ class NnsightModel:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(evaluating(self.module))
                 if want.watched:
-                    stack.enter_context(eager(self.module))
+                    stack.enter_context(attention_by(self.module, "eager"))
                 try:
                     self._run(want.ids, visits)
                 except OutOfOrderError as error:
@@ -311,8 +312,7 @@ class NnsightModel:
             at = {"embed": -1, "final_norm": want.info.n_layers}.get(site, layer)
             visit(path, side, (at, ORDER[site]), tapped(taps, side, heads, len(want.batch)))
         for layer in sorted(want.watched):
-            path = self._place("pattern", layer)[0]
-            watch = MapWatch(self.module.get_submodule(path), layer, want)
+            watch = MapWatch(self.module.get_submodule(path := self._place("pattern", layer)[0]), layer, want)
             visit(path, "input", (layer, ATTENTION_INPUT), watch.mask)
             visit(path, "output", (layer, ORDER["pattern"]), watch.map)
         return sorted(visits.values(), key=lambda v: v.when)

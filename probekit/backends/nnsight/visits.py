@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,19 +132,3 @@ class MapWatch:
                 entropy += torch.special.entr((1 - part.sum(-1)).clamp(0, 1))
             visible = None if self._visible is None else self._visible[:, start : start + BLOCK, : part.shape[3]]
             self._want.on_block(self._layer, AttentionBlock(part, entropy, part.amax(-1), start, lengths, visible))
-
-
-@contextmanager
-def eager(module: nn.Module) -> Iterator[None]:
-    """Eager attention inside the block; afterwards every configuration says what it said."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
-    before = {key: getattr(c, "_attn_implementation_internal", None) for key, c in configs.items()}
-    try:
-        for key, config in configs.items():
-            if before[key] is not None:
-                config._attn_implementation_internal = "eager"
-        yield
-    finally:
-        for key, config in configs.items():
-            if before[key] is not None:
-                config._attn_implementation_internal = before[key]

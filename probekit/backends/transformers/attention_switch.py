@@ -30,6 +30,7 @@ from probekit.reduce.attention_blocks import (
     whole_attention,
 )
 
+from .implementation import attention_by
 from .relu_attention import RELU
 
 NAME = "probekit"
@@ -195,17 +196,10 @@ def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
     if watch.idle:
         yield
         return
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: getattr(c, "_attn_implementation_internal", None) for key, c in configs.items()}
-    watch.own = next((name for name in before.values() if name), "sdpa")
     token = _WATCH.set(watch)
     try:
-        for key, config in configs.items():
-            if before[key] is not None:
-                config._attn_implementation_internal = NAME
-        yield
+        with attention_by(model, NAME) as own:
+            watch.own = own
+            yield
     finally:
         _WATCH.reset(token)
-        for key, config in configs.items():
-            if before[key] is not None:
-                config._attn_implementation_internal = before[key]

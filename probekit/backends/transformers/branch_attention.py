@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 
 from probekit.reduce.attention_blocks import MASKED, AttentionMath, Scratch, stream_attention
 
+from .implementation import attention_by
+
 NAME = "probekit-branches"
 
 
@@ -158,16 +160,9 @@ AttentionInterface.register(NAME, branch_attention)  # and no mask interface: mo
 @contextmanager
 def writing(module: nn.Module, slots: Slots) -> Iterator[None]:
     """Let a model's attention read and fill these slots; afterwards its configuration says what it said."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
-    before = {key: getattr(c, "_attn_implementation_internal", None) for key, c in configs.items()}
     token = _SLOTS.set(slots)
     try:
-        for key, config in configs.items():
-            if before[key] is not None:
-                config._attn_implementation_internal = NAME
-        yield
+        with attention_by(module, NAME):
+            yield
     finally:
         _SLOTS.reset(token)
-        for key, config in configs.items():
-            if before[key] is not None:
-                config._attn_implementation_internal = before[key]
