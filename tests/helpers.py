@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 
 from probekit.analysis import Results, get_analyses
-from probekit.backends.scripted import Play, ScriptedModel, random_play
+from probekit.backends.scripted import Play, Script, ScriptedModel, random_play
 from probekit.backends.transformers import TransformersModel
 from probekit.core import Batch, Capture, Forward, Model, TokenText
 from probekit.engine import Job, run_jobs
@@ -147,6 +147,20 @@ def scripted(sharpness: float = 1.0, play: Play | None = None, **sizes: Any) -> 
     """A scripted null model whose attention is random; or one that plays `play`."""
     own = {k: v for k, v in sizes.items() if k in ("n_layers", "n_heads", "d_model")}
     return ScriptedModel(play or random_play(**own, sharpness=sharpness), **sizes)
+
+
+def planted_sinks(where: dict[tuple[int, int], float], key: int = 0) -> Callable[[TokenText, Script], Script]:
+    """Some (layer, head) pairs put a share on one key wherever they see it; the rest of their rows keeps its shape."""
+
+    def plant(text: TokenText, script: Script) -> Script:
+        for (layer, head), share in where.items():
+            rows = script.pattern[layer, head, max(key, 1) :]
+            rows[:, key] = 0
+            rows *= (1 - share) / rows.sum(-1, keepdims=True)
+            rows[:, key] = share
+        return script
+
+    return plant
 
 
 def texts_of(lengths: Iterable[int], n_vocab: int = 64, seed: int = 0) -> Batch:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, run, scripted, see, texts_of, tiny_model, words_tokenizer
+from helpers import assert_close, planted_sinks, run, scripted, see, texts_of, tiny_model, words_tokenizer
 
 from probekit.analysis import Result
 from probekit.backends.scripted import Script, planted, random_play
@@ -23,17 +23,8 @@ UNIFORM = float(np.mean(1 / np.arange(1, T + 1)))  # H_T / T
 
 
 def sinks(where: dict[tuple[int, int], float], key: int = 0) -> Any:
-    """Uniform causal attention, except that some (layer, head) pairs put a share on one key wherever they see it."""
-
-    def plant(text: TokenText, script: Script) -> Script:
-        for (layer, head), share in where.items():
-            rows = script.pattern[layer, head, max(key, 1) :]
-            rows[:, key] = 0
-            rows *= (1 - share) / rows.sum(-1, keepdims=True)
-            rows[:, key] = share
-        return script
-
-    return planted(random_play(N_LAYERS, N_HEADS), plant)
+    """Uniform causal attention, but for planted sinks."""
+    return planted(random_play(N_LAYERS, N_HEADS), planted_sinks(where, key))
 
 
 def find(play: Any, lengths: tuple[int, ...] = LENGTHS, **params: Any) -> Result:

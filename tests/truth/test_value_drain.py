@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_close, run, scripted, see, texts_of, tiny_model
+from helpers import assert_close, planted_sinks, run, scripted, see, texts_of, tiny_model
 
 from probekit.analysis import Finding, Result
 from probekit.backends.scripted import Script, planted, random_play
@@ -19,20 +19,6 @@ N_LAYERS, N_HEADS = 4, 3
 LENGTHS = (30, 41, 25, 36, 30, 28)
 NULL = random_play(N_LAYERS, N_HEADS)
 Change = Callable[[TokenText, Script], Script]
-
-
-def sinks(where: dict[tuple[int, int], float], key: int = 0) -> Change:
-    """Some (layer, head) pairs put a share on one key wherever they see it; the rest of their rows keeps its shape."""
-
-    def plant(text: TokenText, script: Script) -> Script:
-        for (layer, head), share in where.items():
-            rows = script.pattern[layer, head, max(key, 1) :]
-            rows[:, key] = 0
-            rows *= (1 - share) / rows.sum(-1, keepdims=True)
-            rows[:, key] = share
-        return script
-
-    return plant
 
 
 def drains(where: dict[tuple[int, int], float], key: int = 0, keys: float = 1.0) -> Change:
@@ -76,7 +62,7 @@ def named(result: Result) -> dict[str, Finding]:
 def test_planted_drain_is_found_in_its_heads_with_its_strength() -> None:
     """Values at a fifth and keys at half their length at the sinks of two heads: these ratios there, 1 elsewhere."""
     pairs = {(1, 0): 0.6, (2, 1): 0.6}
-    result = find(play(sinks(pairs), drains(dict.fromkeys(pairs, 0.2), keys=0.5)))
+    result = find(play(planted_sinks(pairs), drains(dict.fromkeys(pairs, 0.2), keys=0.5)))
     expected = {name: np.ones((len(LENGTHS), N_LAYERS, N_HEADS)) for name in ("output", "value", "key")}
     for layer, head in pairs:
         for name, factor in (("output", 0.2), ("value", 0.2), ("key", 0.5)):
@@ -106,7 +92,9 @@ def test_sink_at_another_position_is_drained_there() -> None:
     """
     pairs = {(0, 0): 0.7, (3, 2): 0.7, (3, 1): 0.7}
     drained = drains(dict.fromkeys(pairs, 0.25), key=5)
-    result = find(play(sinks(pairs, key=5), sinks({(1, 1): 0.6}), drained, lambda _, s: _scaled(s, 3, 1, 0, 4.0)))
+    result = find(
+        play(planted_sinks(pairs, key=5), planted_sinks({(1, 1): 0.6}), drained, lambda _, s: _scaled(s, 3, 1, 0, 4.0))
+    )
     assert set(result["main_pos"].values) == {5}
     assert_close(result["output_ratio"].values[:, 3, 1:], np.full((6, 2), 0.25), rtol=1e-5)
     assert_close(result["main_ratio"].values[:, 1, 1], np.ones(6), rtol=1e-5)
@@ -122,7 +110,7 @@ def test_sink_at_another_position_is_drained_there() -> None:
 def test_small_values_elsewhere_are_no_drain() -> None:
     """Small values at position 7, a sink at position 0: the ratio is 1 over the mean of the others, by hand."""
     pairs = {(1, 0): 0.6, (2, 1): 0.6}
-    found = named(find(play(sinks(pairs), drains(dict.fromkeys(pairs, 0.2), key=7))))
+    found = named(find(play(planted_sinks(pairs), drains(dict.fromkeys(pairs, 0.2), key=7))))
     expected = np.mean([1 / ((n - 2 + 0.2) / (n - 1)) for n in LENGTHS])
     assert found["drain"].value == pytest.approx(expected, rel=1e-5)
     assert "are larger than elsewhere" in found["drain"].claim
@@ -156,7 +144,7 @@ def test_texts_without_a_sink_are_counted_as_such() -> None:
     pairs = {(1, 0): 0.6}
 
     def sometimes(text: TokenText, script: Script) -> Script:
-        return sinks(pairs)(text, script) if len(text) >= 30 else script
+        return planted_sinks(pairs)(text, script) if len(text) >= 30 else script
 
     result = find(play(drains(dict.fromkeys(pairs, 0.5)), sometimes), (30, 41, 25, 36, 26, 28))
     drain = named(result)["drain"]
@@ -169,7 +157,7 @@ def test_texts_without_a_sink_are_counted_as_such() -> None:
 
 def test_a_strongest_key_that_is_no_sink_is_not_among_the_others_either() -> None:
     """A weak key at position 5: its ratio is that of its own value, 0.25, to the others' 1; the pair has no sink."""
-    result = find(play(sinks({(1, 0): 0.25}, key=5), drains({(1, 0): 0.25}, key=5)), tail=4)
+    result = find(play(planted_sinks({(1, 0): 0.25}, key=5), drains({(1, 0): 0.25}, key=5)), tail=4)
     assert set(result["sink_pos"].values[:, 1, 0]) == {5} and not result["sink_share"].values.any()
     assert_close(result["output_ratio"].values[:, 1, 0], np.full(6, 0.25), rtol=1e-5)
     assert set(named(result)) == {"first", "joint", "gap"}
@@ -177,13 +165,13 @@ def test_a_strongest_key_that_is_no_sink_is_not_among_the_others_either() -> Non
 
 def test_epsilon_and_tail_bound_the_search() -> None:
     """A weak sink counts below its strength only; a key in the tail never does."""
-    played = play(sinks({(1, 0): 0.4}), drains({(1, 0): 0.2}))
+    played = play(planted_sinks({(1, 0): 0.4}), drains({(1, 0): 0.2}))
     assert "drain" in named(find(played)) and "drain" not in named(find(played, epsilon=0.5))
-    mixed = play(sinks({(1, 0): 0.45, (2, 0): 0.45}, key=5), sinks({(3, 0): 0.9}))
+    mixed = play(planted_sinks({(1, 0): 0.45, (2, 0): 0.45}, key=5), planted_sinks({(3, 0): 0.9}))
     for epsilon, pos, share in ((0.3, 5, 2 / 12), (0.5, 0, 1 / 12)):
         result = find(mixed, epsilon=epsilon)
         assert set(result["main_pos"].values) == {pos} and result["sink_share"].values.max() == pytest.approx(share)
-    late = play(sinks({(1, 0): 0.9}, key=20), drains({(1, 0): 0.2}, key=20))
+    late = play(planted_sinks({(1, 0): 0.9}, key=20), drains({(1, 0): 0.2}, key=20))
     assert "drain" not in named(find(late, (26, 26))) and named(find(late, (26, 26), tail=2))["drain"].value < 0.21
 
 
@@ -193,7 +181,7 @@ def test_stronger_sinks_that_drain_more_give_a_rank_correlation() -> None:
     strength = dict(zip(pairs, np.linspace(0.2, 0.9, len(pairs)).tolist(), strict=True))
     for factors, rho in ((np.linspace(1, 0.1, len(pairs)), -1), (np.linspace(0.1, 1, len(pairs)), 1)):
         drain = dict(zip(pairs, factors.tolist(), strict=True))
-        joint = named(find(play(sinks(strength), drains(drain))))["joint"]
+        joint = named(find(play(planted_sinks(strength), drains(drain))))["joint"]
         assert joint.value == pytest.approx(rho, abs=1e-9) and joint.null == 0
         assert ("drain more" in joint.claim) == (rho < 0)
 
@@ -207,7 +195,7 @@ def test_values_unrelated_to_sinks_are_silent() -> None:
     seeds, covered, errors = 40, dict.fromkeys(("drain", "contrast", "first", "joint", "gap"), 0), []
     for seed in range(seeds):
         base = random_play(N_LAYERS, N_HEADS, seed=seed, sharpness=1.0)
-        planted_in = play(sinks(pairs), base=base)
+        planted_in = play(planted_sinks(pairs), base=base)
         found = named(find(planted_in)) | {"gap": named(find(base))["gap"]}
         for name in covered:
             finding = found[name]
@@ -257,7 +245,7 @@ def test_texts_in_which_every_token_is_a_sink() -> None:
 
 def test_a_backend_without_keys_or_values() -> None:
     """Without k the key measures are NaN and nothing else changes; without v the gap remains."""
-    played = play(sinks({(1, 0): 0.6}), drains({(1, 0): 0.2}))
+    played = play(planted_sinks({(1, 0): 0.6}), drains({(1, 0): 0.2}))
     whole = find(played)
     for missing, kept in ((("k",), 5), (("k", "v"), 1)):
         model = scripted(play=played, n_layers=N_LAYERS, n_heads=N_HEADS)
