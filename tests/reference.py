@@ -78,3 +78,9 @@ def readout(logits: np.ndarray, next_ids: np.ndarray, k: int, final: np.ndarray 
         "kl_nats": (np.exp(own) * (own - log_p)).sum(-1),
         "top_logprob": -np.sort(-log_p, axis=-1)[:, :k],
     }
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosines along the last axis."""
+    a, b = a.astype(float), b.astype(float)
+    return np.asarray((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))

@@ -209,11 +209,17 @@ def gaussian_ratio(n: int) -> float:
     return float(norm.ppf(1 - 1 / (2 * n) * np.exp(-np.euler_gamma)) / norm.ppf(0.75))
 
 
-def in_words(layers: Sequence[int]) -> str:
-    """Ascending layer numbers in words, consecutive ones as a range."""
+def in_words(layers: Sequence[int], last: str = ", ") -> str:
+    """Ascending layer numbers in words, consecutive ones as a range.
+
+    Args:
+        layers: the numbers.
+        last: what stands before the last of several.
+    """
     edges = [0, *(i for i in range(1, len(layers)) if layers[i] != layers[i - 1] + 1), len(layers)]
     parts = [layers[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts) or "none"
+    named = [str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts] or ["none"]
+    return last.join([*([", ".join(named[:-1])] if named[:-1] else []), named[-1]])
 
 
 def changes(entries: Sequence[Entry], batch: Batch, d_model: int) -> dict[str, tuple[Patch, ...]]:

@@ -12,6 +12,8 @@ from probekit.core import Batch, Capture, Forward, ModelInfo, Request, Trace
 from probekit.reduce import AttentionStats, ReceivedWithin
 from probekit.stats import Estimate
 
+from .sink_levels import runs
+
 KINDS = ("natural", "random", "repeated")
 WITH_BOS = " with BOS"  # after a kind: the same texts behind a beginning-of-sequence token
 UNIFORM = "uniform attention"
@@ -205,9 +207,7 @@ def sink_phases(rates: np.ndarray, least: float = 0.25) -> list[tuple[int, int]]
         rates: share of heads with a sink at position 0, axis layer.
         least: share from which a layer belongs to a phase.
     """
-    inside = np.concatenate([[False], rates > least, [False]]).astype(int)
-    edges = np.flatnonzero(np.diff(inside))
-    return [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2) if b - a >= 2]
+    return [(first, end - 1) for first, end in runs(rates > least)]
 
 
 def entropy_without_first(entropy: xr.DataArray, first: xr.DataArray) -> xr.DataArray:

@@ -11,6 +11,7 @@ import xarray as xr
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Measure, Params, Result, fmt, param, register
 from probekit.core import Capture, Forward, ModelInfo, Trace
+from probekit.methods.extremes import in_words
 from probekit.reduce import AttentionStats, BlockNorms, Norm
 from probekit.stats import held_out_best, text_mean
 
@@ -241,7 +242,7 @@ def _erased(result: Result) -> Finding:
         mlp, attention = (float(result[n].values[erasers][:, at].mean()) for n in ("mlp_norm", "attn_norm"))
         part, several = "MLP" if mlp > attention else "attention", len(erasers) > 1
         verbs = ("s", "", "their") if several else ("", "s", "its")
-        claim = f"Block{verbs[0]} {_runs(erasers)} take{verbs[1]} the peak down by {verbs[2]} {part}"
+        claim = f"Block{verbs[0]} {in_words(erasers, ' and ')} take{verbs[1]} the peak down by {verbs[2]} {part}"
         where |= {"sublayer": part}
     return Finding(
         f"{claim}: {gone.value:.0%} of its largest norm is gone after the last block.",
@@ -254,7 +255,7 @@ def _blocks(result: Result) -> Finding:
     ratio = result["ratio"].values[:, at]  # layer, text
     count = text_mean((ratio >= least).sum(axis=0).astype(float))
     layers = np.flatnonzero(ratio.mean(axis=1) >= least).tolist()
-    claim = f"present after blocks {_runs(layers)}" if layers else "not present after any block"
+    claim = f"present after blocks {in_words(layers, ' and ')}" if layers else "not present after any block"
     return Finding(
         f"A peak of {least:g} × or more, on average over texts, is {claim}.",
         count.value, "blocks per text", 0.0, "Gaussian streams: none", count.ci95, count.n, count.n_unit,
@@ -285,14 +286,6 @@ def _gaussian_ratio(d_model: int, n: int) -> float:
     from scipy.stats import chi
 
     return float(chi.ppf(1 - np.exp(-np.euler_gamma) / n, d_model) / chi.mean(d_model))
-
-
-def _runs(layers: list[int]) -> str:
-    """Layer numbers in words, consecutive ones as a range."""
-    edges = [0, *(i for i in range(1, len(layers)) if layers[i] != layers[i - 1] + 1), len(layers)]
-    parts = [layers[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    named = [str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts]
-    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
 
 
 def _norms_figure(result: Result) -> plots.Figure:

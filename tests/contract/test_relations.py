@@ -7,7 +7,7 @@ import pytest
 import torch
 from eager_families import BATCH, Family, family_of, relative
 from helpers import N_HEADS, assert_close, copy_of, scripted, see, texts_of, tiny_model, words_tokenizer
-from reference import allowed, attention_maps
+from reference import allowed, attention_maps, cosine
 from routed_families import FAMILIES, tiny_routed
 from tiny_configs import KINDS
 
@@ -29,11 +29,6 @@ RELATIONS = (
 @pytest.fixture(params=KINDS)
 def family(request: pytest.FixtureRequest) -> Family:
     return family_of(request.param)
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = a.astype(float), b.astype(float)
-    return np.asarray((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))
 
 
 def projection_rows(attention: torch.nn.Module, n_heads: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from helpers import (
     windows_of,
     words_tokenizer,
 )
-from reference import allowed, attention_maps, attention_stats, readout, received_within
+from reference import allowed, attention_maps, attention_stats, cosine, readout, received_within
 
 from probekit.backends.transformers import TransformersModel
 from probekit.cli import cli
@@ -178,10 +178,6 @@ def test_relations_are_reduced_in_float32(kind: str, dtype: str) -> None:
                 assert_close(gap[at, layer], expected if sees[at, 0] else np.full_like(expected, np.nan), atol=1e-4)
         ratio = found("v", OutputNorm(), "output_norm")[i] / np.linalg.norm(np.repeat(v, group, axis=2), axis=-1)
         assert np.isfinite(ratio).all() and ratio.min() > 0.1 and ratio.max() < 10, "of the size of W_O"
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))
 
 
 @every_half

@@ -98,7 +98,7 @@ class _Writer:
         self.model, self.request = model, request
         decode = partial(model.tokenizer.decode, skip_special_tokens=True)
         self.writing = Writing(request, done, end_tokens(model.module), lambda ids: decode(list(ids)))
-        self.device = input_device(model.module)
+        self.device, self.unembed = input_device(model.module), model.unembed
         self.slots = Slots([{} for _ in request.bases], most)
         self.first: dict[tuple[int, int], Tensor] = {}  # base, position: logits there
 
@@ -124,7 +124,7 @@ class _Writer:
         self.first.update({(i, p): row for p, row in zip(positions, rows, strict=True)})
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        unembed = self.model.unembed
+        unembed = self.unembed
         logits = hidden.to(unembed.weight.device, unembed.weight.dtype) @ unembed.weight.T
         logits = logits.float() if unembed.bias is None else (logits + unembed.bias).float()
         return unembed.finish(logits)
