@@ -62,8 +62,11 @@ def make_batch(
         CapabilityError: a chat was asked for, and the model has no tokenizer that could make one.
     """
     domains: list[str] = []
-    if isinstance(texts, Mapping):
+    answers: list[str] = []
+    if isinstance(texts, Mapping) and "text" not in texts:
         domains, texts = _flatten(texts)
+    elif isinstance(texts, Mapping) or _has_records(texts):
+        domains, answers, texts = _records([texts] if isinstance(texts, Mapping) else texts)
     if isinstance(texts, Batch):
         if chat is not False:
             raise InputError("chat applies to texts; these are tokenised already. Give chat to model.tokenize.")
@@ -81,6 +84,9 @@ def make_batch(
         if domains:
             named = tuple(replace(t, domain=d) for t, d in zip(batch, domains, strict=True))
             batch = replace(batch, texts=named)
+        if any(answers):
+            said = tuple(replace(t, answer=a) for t, a in zip(batch, answers, strict=True))
+            batch = replace(batch, texts=said)
     if window is not None:
         if window < 2:
             raise InputError(f"window must be at least 2 tokens, found {window}.")
@@ -110,6 +116,38 @@ def _flatten(texts: Mapping[Any, Any]) -> tuple[list[str], list[Any]]:
     if not flat:
         raise TextError("No text was given.")
     return domains, flat
+
+
+def _has_records(texts: Any) -> bool:
+    return isinstance(texts, Sequence) and any(isinstance(t, Mapping) and "text" in t for t in texts)
+
+
+def _records(texts: Sequence[Any]) -> tuple[list[str], list[str], list[Any]]:
+    """Domain and right answer of each text, and the texts, of a list of records and plain texts."""
+    domains, answers, flat = [], [], []
+    for i, one in enumerate(texts):
+        record = one if isinstance(one, Mapping) and "text" in one else {"text": one}
+        strange = sorted(set(record) - {"text", "domain", "answer"})
+        domain, answer = record.get("domain") or "", record.get("answer", "")
+        if (
+            strange
+            or not isinstance(domain, str)
+            or isinstance(answer, bool)
+            or not isinstance(answer, (str, int, float))
+        ):
+            raise InputError(
+                f"Text {i} is a record with {', '.join(f'{k}={v!r}' for k, v in record.items() if k != 'text')}; expected "
+                "a text, and a domain and an answer (a string or a number) if wanted."
+            )
+        domains.append(domain)
+        answers.append(str(answer))
+        flat.append(record["text"])
+    if any(domains) and not all(domains):
+        raise InputError(
+            f"Text {domains.index('')} names no domain and others do ({', '.join(dict.fromkeys(filter(None, domains)))}). "
+            "Give all of them one."
+        )
+    return domains if any(domains) else [], answers, flat
 
 
 def _tokenize_chats(model: Any, texts: Any, bos: BosPolicy, chat: Chat) -> Batch:
@@ -153,7 +191,8 @@ def run(
         names: one name (returns its result), or several, or ["all"] (returns results by name).
         model: an opened model, or anything that `open_model` takes.
         texts: a text, or a list of texts; a dictionary gives texts by domain ({"code": [...], "prose": [...]}) to
-            analyses that compare kinds of text; a tokenised `Batch` runs as it is.
+            analyses that compare kinds of text; a record {"text": …, "answer": …, "domain": …} says what a right answer
+            to a prompt is; a tokenised `Batch` runs as it is.
         bos: "model" adds what the tokenizer adds by itself, "always" a beginning-of-sequence token, "never" nothing.
         chat: make each text a user turn in the model's chat template, with the words that open the answer; a string
             is the system message. A text may then be a list of messages ({"role": …, "content": …}), also in JSON.

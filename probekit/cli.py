@@ -136,7 +136,7 @@ def models_command() -> None:
     "--texts",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A .txt file (one text) or .jsonl file, whose lines may name a domain.",
+    help="A .txt file (one text) or .jsonl file, whose lines may name a domain and an answer.",
 )
 @click.option("--chat", is_flag=True, help="Make each text (or JSON list of messages) a turn in the chat template.")
 @click.option("--system", help="System message of the chats; implies --chat.")
@@ -195,12 +195,16 @@ def _device_map(given: str | None) -> Any:
         raise InputError(f"--device-map: not valid JSON ({error.msg} at column {error.colno}).") from None
 
 
-def _texts(given: Sequence[str], files: Sequence[Path], *, chats: bool = False) -> list[str] | dict[str, list[str]]:
+def _texts(given: Sequence[str], files: Sequence[Path], *, chats: bool = False) -> list[Any] | dict[str, list[str]]:
     from probekit.texts import read_texts
 
     read = [read_texts(file, chats=chats) for file in files]
     plain = [*given, *(t for texts in read if isinstance(texts, list) for t in texts)]
     by_domain: dict[str, list[str]] = {}
+    if any(isinstance(t, dict) for t in plain):  # lines with answers: everything becomes records
+        return plain + [
+            {"text": t, "domain": d} for texts in read if isinstance(texts, dict) for d, ts in texts.items() for t in ts
+        ]
     for texts in read:
         for domain, some in texts.items() if isinstance(texts, dict) else ():
             by_domain.setdefault(domain, []).extend(some)
@@ -216,7 +220,7 @@ def _texts(given: Sequence[str], files: Sequence[Path], *, chats: bool = False) 
 def _execute(
     names: Sequence[str],
     spec: str | None,
-    texts: list[str] | dict[str, list[str]],
+    texts: list[Any] | dict[str, list[str]],
     out: Path | None,
     only_plan: bool,
     bos: Any,
@@ -241,7 +245,7 @@ def _execute(
         check_writable(out)
     listed = [t for some in texts.values() for t in some] if isinstance(texts, dict) else texts
     for i, text in enumerate(listed):
-        if not text.strip():
+        if not (text["text"] if isinstance(text, dict) else text).strip():
             raise InputError(f"Text {i} is empty. Every text needs at least one visible character.")
     common: dict[str, Any] = {
         "bos": bos,

@@ -1,4 +1,4 @@
-"""Reading the user's texts: a .txt file is one text, a .jsonl file one text a line, each perhaps with its domain."""
+"""Reading the user's texts: a .txt file is one text, a .jsonl file one a line, perhaps with its domain and answer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from probekit.core import InputError, TextError
 
 
-def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | dict[str, list[str]]:
-    """The texts of a file; by domain, where every line of a .jsonl file names one in `domain`.
+def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | list[dict[str, str]] | dict[str, list[str]]:
+    """The texts of a file.
+
+    By domain, where every line of a .jsonl file names one in `domain`; where lines name what a right answer to their
+    prompt says in `answer`, a list of records with `text`, `answer` and `domain`.
 
     Args:
         path: a .txt file (one text) or a .jsonl file (an object with a string `text` on each line).
@@ -38,11 +41,16 @@ def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | dict[str
     lines = [(n, line) for n, line in enumerate(content.splitlines(), start=1) if line.strip()]
     texts = [_text_of(path, number, line, chats) for number, line in lines]
     domains = [json.loads(line).get("domain") for _, line in lines]
+    answers = [_answer_of(json.loads(line), f"{path}, line {number}") for number, line in lines]
+    if any(domains):
+        for (number, _), domain in zip(lines, domains, strict=True):
+            if not isinstance(domain, str) or not domain:
+                raise InputError(f"{path}, line {number}: other lines name a domain; found {domain!r} as this one's.")
+    if any(answers):
+        named = zip(texts, answers, domains, strict=True)
+        return [{"text": t, "answer": a} | ({"domain": d} if d else {}) for t, a, d in named]
     if not any(domains):
         return texts
-    for (number, _), domain in zip(lines, domains, strict=True):
-        if not isinstance(domain, str) or not domain:
-            raise InputError(f"{path}, line {number}: other lines name a domain; found {domain!r} as this one's.")
     return {d: [t for t, own in zip(texts, domains, strict=True) if own == d] for d in dict.fromkeys(domains)}
 
 
@@ -63,3 +71,12 @@ def _text_of(path: Path, number: int, line: str, chats: bool) -> str:
     if not record["text"].strip():
         raise TextError(f"{where}: the text is empty.")
     return record["text"]
+
+
+def _answer_of(record: dict[str, object], where: str) -> str:
+    answer = record.get("answer")
+    if answer is None or isinstance(answer, str):
+        return answer or ""
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        return str(answer)
+    raise InputError(f"{where}: expected the answer as a string or a number, found {answer!r}.")

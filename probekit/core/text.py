@@ -22,11 +22,13 @@ class TokenText:
         ids: the exact token ids that run, a special first token included if there is one.
         strings: what each id shows as; the same length as `ids`.
         domain: the kind of text it is, such as "code", for analyses that compare kinds; "" if nobody said.
+        answer: what a right answer to this prompt says, for analyses that tell right from wrong; "" if nobody said.
     """
 
     ids: tuple[int, ...]
     strings: tuple[str, ...]
     domain: str = ""
+    answer: str = ""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.strings):
@@ -118,7 +120,7 @@ class Batch:
     def windows(self, size: int) -> Batch:
         """Each text cut into consecutive windows of exactly `size` tokens; shorter rests are dropped."""
         cut = [
-            TokenText(t.ids[a : a + size], t.strings[a : a + size], t.domain)
+            TokenText(t.ids[a : a + size], t.strings[a : a + size], t.domain, t.answer)
             for t in self.texts
             for a in range(0, len(t) - size + 1, size)
         ]

@@ -16,7 +16,7 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
     Raises:
         StoreError: the path holds something else, or cannot be written.
     """
-    texts = [{"ids": t.ids, "strings": t.strings, "domain": t.domain} for t in trace.batch]
+    texts = [{"ids": t.ids, "strings": t.strings, "domain": t.domain, "answer": t.answer} for t in trace.batch]
     head = json.dumps(
         {
             "batch": {"texts": texts, "bos": trace.batch.bos, "index": trace.batch.index},
@@ -46,7 +46,10 @@ def load_trace(path: str | Path) -> Trace:
     if not head:
         raise StoreError(f"No trace at {path}; expected what probekit.engine.save_trace wrote.")
     parts: dict[str, Any] = json.loads(head)
-    texts = tuple(TokenText(tuple(t["ids"]), tuple(t["strings"]), t.get("domain", "")) for t in parts["batch"]["texts"])
+    texts = tuple(
+        TokenText(tuple(t["ids"]), tuple(t["strings"]), t.get("domain", ""), t.get("answer", ""))
+        for t in parts["batch"]["texts"]
+    )
     batch = Batch(texts, parts["batch"]["bos"], tuple(parts["batch"]["index"]))
     info = ModelInfo(**(parts["info"] | {"sites": frozenset(parts["info"]["sites"])}))
     return Trace(batch, info, data, dict(map(tuple, parts["vocab"])))
