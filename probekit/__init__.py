@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .analysis import load_results as load_results
     from .analysis import param as param
     from .analysis import register as register
+    from .api import branch as branch
     from .api import generate as generate
     from .api import list_analyses as list_analyses
     from .api import list_models as list_models
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from .api import result_of as result_of
     from .api import run as run
     from .core import Add as Add
+    from .core import Base as Base
+    from .core import Branch as Branch
     from .core import Capture as Capture
+    from .core import Fork as Fork
     from .core import Forward as Forward
     from .core import KnockOut as KnockOut
     from .core import LogitDifference as LogitDifference
@@ -48,20 +52,27 @@ if TYPE_CHECKING:
     from .core import ProbekitError as ProbekitError
     from .core import ProjectOut as ProjectOut
     from .core import Replace as Replace
+    from .core import Sampling as Sampling
     from .core import Scale as Scale
     from .demo import demo_texts as demo_texts
     from .models import open_model as open_model
+    from .tuning import Pair as Pair
+    from .tuning import tune_pair as tune_pair
 
 _WHERE = {
     "ActivationCache": "activation_cache",
     "Add": "core",
     "Analysis": "analysis",
+    "Base": "core",
+    "Branch": "core",
     "Capture": "core",
     "Finding": "analysis",
+    "Fork": "core",
     "Forward": "core",
     "KnockOut": "core",
     "LogitDifference": "core",
     "Measure": "analysis",
+    "Pair": "tuning",
     "Params": "analysis",
     "Patch": "core",
     "Point": "core",
@@ -70,7 +81,9 @@ _WHERE = {
     "Replace": "core",
     "Result": "analysis",
     "Results": "analysis",
+    "Sampling": "core",
     "Scale": "core",
+    "branch": "api",
     "cache": "activation_cache",
     "demo_texts": "demo",
     "generate": "api",
@@ -85,8 +98,9 @@ _WHERE = {
     "report": "api",
     "result_of": "api",
     "run": "api",
+    "tune_pair": "tuning",
 }
-_MODULES = ("plots", "reduce", "stats", "toys")
+_MODULES = ("plots", "reduce", "sampling", "stats", "toys")
 __all__ = ["__version__", *_WHERE]
 
 

@@ -11,6 +11,8 @@ from probekit.analysis import Result, Results, analyses, get_analyses
 from probekit.core import (
     Batch,
     BosPolicy,
+    Branch,
+    Branches,
     CapabilityError,
     Chat,
     Generated,
@@ -329,6 +331,43 @@ def generate(
     return opened.generate(
         make_batch(opened, (), texts, bos, None, chat), n_tokens, patches, temperature=temperature, seed=seed
     )
+
+
+def branch(
+    model: Any,
+    request: Branch,
+    *,
+    journal: str | Path | None = None,
+    memory_limit: int | None = None,
+    progress: bool = True,
+) -> Branches:
+    """Let a model write on from many places of a text at once; each text is read once, whoever continues it.
+
+    Args:
+        model: an opened model, or anything that `open_model` takes.
+        request: prompts with answers, the places and tokens to write on from, how many times and how.
+        journal: a file that keeps every continuation as it is written, so that a broken run goes on where it was, and
+            one that wants more samples writes only the new ones.
+        memory_limit: bytes that may be used above the loaded model; most of the free memory if None.
+        progress: show a progress bar where standard error is a terminal.
+
+    Raises:
+        CapabilityError: the model cannot write on from shared prefixes.
+        PlanError: not even one continuation at a time fits in memory; says what would be needed.
+
+    Example:
+        >>> model = open_model("smollm2-135m-instruct")  # doctest: +SKIP
+        >>> base = Base(model.tokenize(["The capital of France is"]).texts[0].ids, n_prompt=5)  # doctest: +SKIP
+        >>> branch(model, Branch((base,), (Fork(0, 5),), n=4)).continuations[0]  # doctest: +SKIP
+    """
+    from probekit.engine import Journal, Progress, run_branch
+
+    opened: Any = _open(model)
+    if hasattr(opened, "load"):
+        opened.load()
+    who = str(opened.provenance().get("weights_hash", opened.info.name)) if journal is not None else opened.info.name
+    with Progress(1, shown=progress) as bar, Journal(journal, who) as kept:
+        return run_branch(opened, request, kept, memory_limit=memory_limit, progress=bar)
 
 
 def result_of(name: str, dataset: xr.Dataset, provenance: Mapping[str, Any], **params: Any) -> Result:

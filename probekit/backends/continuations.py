@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from probekit.core.branching import Stopped
 
 LOOK_EVERY = 4  # tokens between two looks at whether an answer is there
 Done = Callable[[Fork, Continuation], None]
+There = Mapping[Fork, frozenset[int]]  # numbers of the continuations that need not be written again
 
 
 @dataclass
@@ -42,19 +43,34 @@ class Writing:
         done: is told each continuation.
         ends: ids after which nothing follows.
         decode: from token ids to text, special tokens left out.
+        there: continuations that are left out.
     """
 
     def __init__(
-        self, request: Branch, done: Done, ends: frozenset[int], decode: Callable[[Sequence[int]], str]
+        self,
+        request: Branch,
+        done: Done,
+        *,
+        ends: frozenset[int],
+        decode: Callable[[Sequence[int]], str],
+        there: There | None = None,
     ) -> None:
         self.request, self._done, self._ends, self._decode = request, done, ends, decode
+        self._there = there or {}
+
+    @property
+    def n_jobs(self) -> int:
+        """How many continuations are to be written."""
+        return sum(self.request.n - len(self._there.get(fork, ())) for fork in self.request.forks)
 
     def jobs(self) -> Iterator[Job]:
-        """Every continuation, fork by fork."""
+        """Every continuation that is to be written, fork by fork."""
         request = self.request
         for fork in request.forks:
-            prefix = _digest(request.bases[fork.base].ids[: fork.position])
+            prefix, there = _digest(request.bases[fork.base].ids[: fork.position]), self._there.get(fork, frozenset())
             for sample in range(request.first, request.first + request.n):
+                if sample in there:
+                    continue
                 yield Job(fork, sample, _draws(request.sampling, prefix, fork, sample))
 
     def goes_on(self, job: Job, token: int, logprob: float) -> bool:

@@ -29,7 +29,7 @@ from probekit.reduce import BlockRows, Partial, Recorder, Reducer, Rows, ValueRo
 from probekit.reduce.attention_blocks import AttentionBlock
 from probekit.reduce.vocab_rows import project, stream_readout
 
-from .continuations import Done, Writing
+from .continuations import Done, There, Writing
 from .direct import show_directions
 
 
@@ -171,7 +171,7 @@ class ScriptedModel:
         parts = [self._one(request, batch.select([i]), progress) for i in range(len(batch))]
         return [Partial.merge([p[i] for p in parts]) for i in range(len(request.captures))]
 
-    def branch(self, request: Branch, done: Done, *, memory_limit: int) -> None:
+    def branch(self, request: Branch, done: Done, *, memory_limit: int, there: There | None = None) -> None:
         """Write continuations one after the other, by the probabilities of `writes`.
 
         Raises:
@@ -179,7 +179,9 @@ class ScriptedModel:
         """
         if self._writes is None:
             raise CapabilityError("A scripted model writes nothing unless it is told the probabilities of its tokens.")
-        writing = Writing(request, done, self._ends, lambda ids: " ".join(f"w{i}" for i in ids))
+        writing = Writing(
+            request, done, ends=self._ends, decode=lambda ids: " ".join(f"w{i}" for i in ids), there=there
+        )
         for job in writing.jobs():
             prefix = request.bases[job.fork.base].ids[: job.fork.position]
             while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from probekit.core import Branch, Branches, CapabilityError, Continuation, Fork, Model
 
-from .journal import Journal, missing
+from .journal import Journal
 from .plan import HEADROOM, available_memory
 from .progress import Progress
 
@@ -37,17 +37,18 @@ def run_branch(
             "the native backend, such as 'smollm2-135m-instruct'."
         )
     limit = int(available_memory() * HEADROOM) if memory_limit is None else memory_limit
-    open_ = list(missing(journal, request))
+    there = {fork: frozenset(journal.known(request, fork)) for fork in request.forks}
+    n_open = request.n * len(there) - sum(map(len, there.values()))
     if progress is not None:
-        progress.begin_writing(sum(part.n * len(part.forks) for part in open_))
+        progress.begin_writing(n_open)
 
     def keep(fork: Fork, one: Continuation) -> None:
         journal.add(request, fork, one)
         if progress is not None:
             progress.written(1)
 
-    for part in open_:
-        write(part, keep, memory_limit=limit)
+    if n_open:
+        write(request, keep, memory_limit=limit, there=there)
     found = []
     for fork in request.forks:
         known = journal.known(request, fork)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -92,31 +91,6 @@ class Journal:
             self._file.write(json.dumps(record).encode() + b"\n")
         except OSError as error:
             raise StoreError(f"{self.path} cannot be written: {error.strerror}.") from None
-
-
-def missing(journal: Journal, request: Branch) -> Iterator[Branch]:
-    """What has still to be written of a request: forks that lack the same numbers together."""
-    lacking: dict[tuple[int, int], list[Fork]] = {}
-    for fork in request.forks:
-        known = journal.known(request, fork)
-        numbers = [i for i in range(request.first, request.first + request.n) if i not in known]
-        for first, n in _runs(numbers):
-            lacking.setdefault((first, n), []).append(fork)
-    for (first, n), forks in lacking.items():
-        yield Branch(
-            request.bases, tuple(forks), n, first, request.sampling, request.outcome, request.model, request.why
-        )
-
-
-def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """Consecutive numbers as (first, how many)."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((number, 1))
-    return runs
 
 
 def _parsed(line: bytes) -> Any:

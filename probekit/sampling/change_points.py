@@ -38,9 +38,10 @@ class Changes:
 
     @property
     def odds(self) -> float:
-        """Odds of at least one change against none, each number of changes equally likely beforehand."""
-        p = self.probabilities
-        return float(p[1:].sum() / p[0]) if len(p) > 1 and p[0] > 0 else float("inf") if len(p) > 1 else 0.0
+        """Odds of at least one change against none, each number of changes equally likely beforehand; at most e^700."""
+        if len(self.log_evidence) < 2:
+            return 0.0
+        return float(np.exp(min(np.logaddexp.reduce(self.log_evidence[1:]) - self.log_evidence[0], 700.0)))
 
     @property
     def best(self) -> int:

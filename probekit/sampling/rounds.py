@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from probekit.core import Base, Batch, Branch, Branches, Continuation, Fork, Outcome, Request, Sampling
@@ -21,7 +20,7 @@ def base_answers(
     Args:
         batch: the prompts.
         max_tokens: longest answer.
-        outcome: what is read off it; answers are written to their end all the same.
+        outcome: what is read off it; answers end where more text could not change it.
 
     Returns:
         Each prompt with its answer, and the answer as a continuation (whose `outcome` is what it says).
@@ -29,30 +28,9 @@ def base_answers(
     prompts = tuple(Base(text.ids, len(text)) for text in batch)
     forks = tuple(Fork(i, len(p.ids)) for i, p in enumerate(prompts))
     greedy = Sampling(max_tokens, temperature=0.0)
-    found: Branches = yield Branch(prompts, forks, sampling=greedy, outcome=_Patient.of(outcome), why="greedy answers")
+    found: Branches = yield Branch(prompts, forks, sampling=greedy, outcome=outcome, why="greedy answers")
     answers = [some[0] for some in found.continuations]
     return [Base((*p.ids, *a.ids), p.n_prompt) for p, a in zip(prompts, answers, strict=True)], answers
-
-
-@dataclass(frozen=True)
-class _Patient:
-    """An outcome that waits for the end."""
-
-    inner: Outcome
-
-    @classmethod
-    def of(cls, outcome: Outcome | None) -> _Patient | None:
-        return None if outcome is None else cls(outcome)
-
-    @property
-    def key(self) -> str:
-        return f"at the end: {self.inner.key}"
-
-    def read(self, text: str) -> str | None:
-        return self.inner.read(text)
-
-    def settled(self, text: str) -> bool:
-        return False
 
 
 def sampled_until(request: Branch, *, most: int, width: float) -> Generator[Request, Any, Draws]:

@@ -21,7 +21,7 @@ from probekit.backends.scripted import ScriptedModel
 from probekit.core import Base, Branch, CapabilityError, Continuation, Fork, Sampling, StoreError
 from probekit.engine import Job, run_jobs
 from probekit.engine.branches import run_branch
-from probekit.engine.journal import Journal, missing
+from probekit.engine.journal import Journal
 
 BASE = Base((3, 4, 5, 6, 7), 2)
 REQUEST = Branch((BASE,), (Fork(0, 2), Fork(0, 3, 9), Fork(0, 5)), n=4, sampling=Sampling(max_tokens=6))
@@ -39,17 +39,18 @@ class Counting:
     """A model that counts what it writes, and may break off."""
 
     def __init__(self, most: int = 10**9) -> None:
-        self.inner, self.written, self.most = writer(), 0, most
+        self.inner, self.written, self.most, self.calls = writer(), 0, most, 0
         self.info = self.inner.info
 
-    def branch(self, request: Branch, done: Any, *, memory_limit: int) -> None:
+    def branch(self, request: Branch, done: Any, *, memory_limit: int, there: Any = None) -> None:
         def count(fork: Fork, one: Continuation) -> None:
             if self.written >= self.most:
                 raise KeyboardInterrupt
             self.written += 1
             done(fork, one)
 
-        self.inner.branch(request, count, memory_limit=memory_limit)
+        self.calls += 1
+        self.inner.branch(request, count, memory_limit=memory_limit, there=there)
 
 
 def test_a_run_that_broke_off_goes_on(tmp_path: Path) -> None:
@@ -65,6 +66,20 @@ def test_a_run_that_broke_off_goes_on(tmp_path: Path) -> None:
         assert rest.written == 12 - n
         lines = path.read_text().splitlines()[1:]
         assert len({(json.loads(line)["fork"], json.loads(line)["sample"]) for line in lines}) == len(lines) == 12
+
+
+def test_what_is_missing_here_and_there_is_written_together(tmp_path: Path) -> None:
+    """A broken run lacks other numbers at every fork; one batch writes them all, or a resumed run would crawl."""
+    path = tmp_path / "j.jsonl"
+    with Journal(path, "m") as journal:
+        whole = run_branch(Counting(), REQUEST, journal)  # type: ignore[arg-type]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for i, line in enumerate(lines) if i not in (2, 4, 7, 12)))
+    rest = Counting()
+    with Journal(path, "m") as journal:
+        assert run_branch(rest, REQUEST, journal) == whole  # type: ignore[arg-type]
+        assert (rest.calls, rest.written) == (1, 4)
+        assert run_branch(rest, REQUEST, journal) == whole and rest.calls == 1  # type: ignore[arg-type]
 
 
 def test_more_samples_write_only_the_new_ones(tmp_path: Path) -> None:
@@ -89,7 +104,8 @@ def test_another_model_or_another_way_of_drawing_shares_nothing(tmp_path: Path) 
         ("m", replace(REQUEST, bases=(Base((8, 4, 5, 6, 7), 2),))),
         ("m", replace(REQUEST, bases=(Base((3, 4, 5, 6, 7), 1),))),
     ):
-        assert sum(len(part.forks) * part.n for part in missing(Journal(path, model), request)) == 12
+        journal = Journal(path, model)
+        assert not any(journal.known(request, fork) for fork in request.forks)
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
@@ -156,11 +172,11 @@ import sys, time
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}
 import test_journal as t
 class Slow(t.Counting):
-    def branch(self, request, done, *, memory_limit):
+    def branch(self, request, done, *, memory_limit, there):
         def wait(fork, one):
             time.sleep(0.05)
             done(fork, one)
-        self.inner.branch(request, wait, memory_limit=memory_limit)
+        self.inner.branch(request, wait, memory_limit=memory_limit, there=there)
 with t.Journal({str(path)!r}, "m") as journal:
     t.run_branch(Slow(), t.replace(t.REQUEST, n=200), journal)
 """

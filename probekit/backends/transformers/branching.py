@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.backends.continuations import Done, Job, Writing
+from probekit.backends.continuations import Done, Job, There, Writing
 from probekit.core import Base, Branch, CapabilityError, PlanError, Sampling, TextError
 
 from .branch_attention import Slots, writing
@@ -31,9 +31,15 @@ MOST_ROWS = 256  # continuations that run together
 
 
 def write_branches(
-    model: TransformersModel, request: Branch, done: Done, *, memory_limit: int, rows: int | None = None
+    model: TransformersModel,
+    request: Branch,
+    done: Done,
+    *,
+    memory_limit: int,
+    rows: int | None = None,
+    there: There | None = None,
 ) -> None:
-    """Write every continuation that a request asks for.
+    """Write every continuation that a request asks for and that is not there.
 
     Args:
         model: the model.
@@ -41,13 +47,15 @@ def write_branches(
         done: is told each continuation, forks in order of their last one.
         memory_limit: bytes that may be used above the loaded model.
         rows: continuations that run together; what fits in memory, at most 256, if None.
+        there: numbers of the continuations of each fork that are left out.
 
     Raises:
         CapabilityError: the family's attention cannot be entered this way.
         PlanError: not even one continuation fits in memory.
         TextError: a base and its continuations are longer than the model reads.
     """
-    _Writer(model, request, done).run(rows or fitting_rows(model, request, memory_limit))
+    writer = _Writer(model, request, done, there)
+    writer.run(rows or min(fitting_rows(model, request, memory_limit), writer.writing.n_jobs))
 
 
 def branch_bytes(model: TransformersModel, request: Branch, rows: int) -> int:
@@ -79,7 +87,7 @@ def fitting_rows(model: TransformersModel, request: Branch, memory_limit: int) -
 
 
 class _Writer:
-    def __init__(self, model: TransformersModel, request: Branch, done: Done) -> None:
+    def __init__(self, model: TransformersModel, request: Branch, done: Done, there: There | None) -> None:
         if model.architecture.route is not None:
             raise CapabilityError(
                 f"{model.info.name!r} ({model.info.architecture}) asks no registry for its attention function, so "
@@ -97,7 +105,9 @@ class _Writer:
             )
         self.model, self.request = model, request
         decode = partial(model.tokenizer.decode, skip_special_tokens=True)
-        self.writing = Writing(request, done, end_tokens(model.module), lambda ids: decode(list(ids)))
+        self.writing = Writing(
+            request, done, ends=end_tokens(model.module), decode=lambda ids: decode(list(ids)), there=there
+        )
         self.device, self.unembed = input_device(model.module), model.unembed
         self.slots = Slots([{} for _ in request.bases], most)
         self.first: dict[tuple[int, int], Tensor] = {}  # base, position: logits there
