@@ -13,7 +13,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import xarray as xr
 from capture_tables import LENS, STATS, Case, cost_table
 from fresh_processes import MIB, import_case, memory_cases
 from peers import NNsight, TransformerLens, naive
+from timing import paired, processor
 
 import probekit as pk
 from probekit.reduce import Norm
@@ -38,25 +38,6 @@ def text_of(model: Any, n_tokens: int) -> Any:
     """A batch of one text of exactly `n_tokens` tokens of plain English."""
     words = " ".join(DEMO * (1 + n_tokens // 900))
     return model.tokenize([words]).windows(n_tokens).select([0])
-
-
-def paired(
-    ours: Callable[[], Any], base: Callable[[], Any], n: int, *, warm: bool = True
-) -> tuple[list[float], float, float]:
-    """Ratios ours / base of `n` pairs that run in turn, after one of each if `warm`; and both medians in seconds."""
-    if warm:
-        base(), ours()
-    pairs = []
-    for i in range(n):
-        order = (base, ours) if i % 2 else (ours, base)
-        seconds = {}
-        for run in order:
-            begin = time.perf_counter()
-            run()
-            seconds[run] = time.perf_counter() - begin
-        pairs.append((seconds[ours], seconds[base]))
-    a, b = np.array(pairs).T
-    return (a / b).tolist(), float(np.median(a)), float(np.median(b))
 
 
 class Bench:
@@ -317,14 +298,6 @@ def measure(quick: bool) -> tuple[list[Case], xr.Dataset, list[str]]:
     for case in memory_cases(quick, has_peer):
         add(lambda case=case: case)
     return cases, parity(bench, 48 if quick else 128, peers), left_out
-
-
-def processor() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def main() -> None:

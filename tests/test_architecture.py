@@ -37,7 +37,7 @@ PARTS: dict[str, May] = {
     "demo":        May(),
     "reduce":      May("core"),
     "methods":     May("core reduce stats"),  # shared by phenomena
-    "sampling":    May("core analysis stats reduce"),
+    "sampling":    May("core analysis stats reduce plots"),
     "plots":       May("core",                                     "reporting"),  # a strip shows itself in a notebook
     "catalog":     May("core"),
     "backends":    May("core reduce"),
@@ -49,19 +49,21 @@ PARTS: dict[str, May] = {
     "activation_cache": May("core reduce engine",                  "models"),
     "models":      May("core catalog",                             "backends"),
     "api":         May("core analysis engine",                     "models catalog reporting"),
-    "cli":         May("__init__ core analysis api catalog demo models texts reporting"),
-    "__init__":    May("_version",                                 "core analysis api models demo activation_cache toys"),
+    "tuning":      May("core engine analysis sampling _version",   "backends catalog models api"),
+    "cli":         May("__init__ core analysis api catalog demo models texts reporting tuning"),
+    "__init__":    May("_version",                                 "core analysis api models demo activation_cache toys tuning"),
     "__main__":    May("cli"),
     "_version":    May(),
 }
 # A library -> the only places that may name it, at whatever depth.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch":                 ("reduce", "backends", "toys/training", "toys/measures"),
+    "torch":                 ("reduce", "backends", "toys/training", "toys/measures", "tuning/training"),
     "transformers":          ("backends/transformers", "backends/gguf", "backends/sentence_transformers"),
     "sentence_transformers": ("backends/sentence_transformers",),
     "transformer_lens":      ("backends/transformer_lens",),
     "nnsight":               ("backends/nnsight",),
     "gguf":                  ("backends/gguf",),
+    "peft":                  ("backends/transformers/adapters",),
     "huggingface_hub":       ("catalog",),
     "plotly":                ("plots",),
     "jinja2":                ("reporting",),
@@ -75,10 +77,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 # These are slow to import: even where they may be named, the parts below do so lazily.
 LAZY_LIBRARIES = {
     "plotly": "plots", "torch": "reduce/base reduce/rows reduce/attention reduce/readout",
-    "transformer_lens": "backends/transformer_lens",
+    "transformer_lens": "backends/transformer_lens", "peft": "backends/transformers/adapters",
 }
 # fmt: on
-HEAVY = ("torch", "transformers", "sentence_transformers", "plotly", "streamlit", "scipy", "zarr")
+HEAVY = ("torch", "transformers", "sentence_transformers", "peft", "plotly", "streamlit", "scipy", "zarr")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Result, fmt, param, register
 from probekit.core import Batch, Branch, Fork, Forward, InputError, ModelInfo
 from probekit.sampling import STRONG, Draws, WritingParams, base_answers, distance, sampled_until
-from probekit.sampling.fork_table import LENS, NEXT, SINKS, Explored, fork_table, plausible_tokens
+from probekit.sampling.fork_table import Explored, drawn_at, fork_table, plausible_tokens
+from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, MOST_SHOWN, NEXT, inside_drawings
 from probekit.stats import Estimate, text_mean
 
 
@@ -20,8 +21,8 @@ class ForkingParams(WritingParams):
     """Parameters of forking-paths."""
 
     p_min: float = param(0.05, low=0.001, high=0.5, unit="share", help="Least probability of a token that is tried")
-    n: int = param(8, low=2, high=10000, unit="continuations", help="Continuations per token in the first round")
-    most: int = param(32, low=2, high=10000, unit="continuations", help="Continuations per token at most")
+    n: int = param(10, low=2, high=10000, unit="continuations", help="Continuations per token in the first round")
+    most: int = param(30, low=2, high=10000, unit="continuations", help="Continuations per token at most")
     width: float = param(
         0.15, low=0.005, high=1.0, unit="share", help="Half-width of the interval at which a token has enough"
     )
@@ -42,11 +43,11 @@ class ForkingPaths(Analysis):
         probability above `p_min` (and the base's own) is put there and continued, `n` times at first and up to `most`
         times, until the 95 % Wilson interval of its commonest outcome is narrow enough. o[t, w] is the share of each
         outcome among the continuations after token w at position t; o_t their mean over tokens, weighed by the tokens'
-        probabilities. Where only the base's own token is plausible, nothing is drawn: such a position has the
+        probabilities at the temperature of the draws. Where only the base's own token is plausible, nothing is drawn: such a position has the
         distribution of the next one that was, and the end has the answer's own outcome. Semantic drift is the L2
         distance of o_t from o_0. An alternative forks if o[t, w] lies epsilon or more from o[t, base's token];
         the hazard is the probability of such tokens, survival the product of 1 - hazard. The token that decides most has
-        the alternative with the largest product of probability and distance. Change points: exact Bayesian
+        the alternative with the largest product of probability and distance beyond chance. Change points: exact Bayesian
         segmentation of the outcome counts; a change is reported if the odds of at least one exceed 9. Beside them, from
         one pass over the answers: the lens' log-probability of the token over depth and the attention that the
         position which predicts it pays to position 0.
@@ -77,10 +78,6 @@ class ForkingPaths(Analysis):
         "survival": Measure(("token",), "share", "probability that no such token was drawn up to this one"),
         "change": Measure(("token",), "share", "posterior of a change just before the token, given at least one"),
         "change_odds": Measure(("text",), "1", "odds of at least one change against none, at most 1e12"),
-        "probability": Measure(("token",), "share", "probability of the answer's own token"),
-        "entropy_nats": Measure(("token",), "nats", "entropy of the distribution that the token was taken from"),
-        "lens_logprob_nats": Measure(("layer", "token"), "nats", "log-probability of the token by the lens after each block"),
-        "sink_share": Measure(("layer", "token"), "share", "attention on position 0 at the place that predicts the token"),
         "branch_share": Measure(("branch", "case"), "share", "o[t, w]: outcomes of the continuations after one token"),
         "branch_place": Measure(("branch",), "1", "place on the token axis that the token was put at"),
         "branch_id": Measure(("branch",), "1", "id of the token"),
@@ -88,7 +85,7 @@ class ForkingPaths(Analysis):
         "branch_n": Measure(("branch",), "continuations", "how many were drawn"),
         "branch_distance": Measure(("branch",), "1", "L2 distance of its outcomes from those of the answer's own token"),
         "half_distance": Measure(("branch",), "1", "the same between halves of its own continuations; NaN with fewer than four"),
-        "vocab_str": Measure(("vocab",), "1", "what the ids in branch_id show as"),
+        **INSIDE_MEASURES,
         "answer_case": Measure(("text",), "1", "place on the case axis of what the answer itself says"),
     }  # fmt: skip
 
@@ -100,19 +97,21 @@ class ForkingPaths(Analysis):
         """Greedy answers, a look inside them, continuations of every plausible token."""
         if params.most < params.n:
             raise InputError(f"most={params.most} is less than the {params.n} continuations of the first round (n).")
-        outcome = params.outcome
+        outcome, at = params.outcome, drawn_at(params.temperature)
         prompts = yield Forward((NEXT,))
         bases, answers = yield from base_answers(prompts.batch, params.max_tokens, outcome)
-        inside = yield Forward((NEXT, LENS, SINKS), inputs=tuple(b.ids for b in bases), why="inside the answers")
-        tried = plausible_tokens(bases, inside, params.p_min, params.spacing)
-        forks = tuple(Fork(i, at, token) for (i, at), some in tried.items() if len(some) > 1 for token in some)
+        inside = yield Forward(
+            (*INSIDE, *([] if at in INSIDE else [at])), inputs=tuple(b.ids for b in bases), why="inside the answers"
+        )
+        tried = plausible_tokens(bases, inside, at, p_min=params.p_min, spacing=params.spacing)
+        forks = tuple(Fork(i, place, token) for (i, place), some in tried.items() if len(some) > 1 for token in some)
         draws: Draws = {}
         if forks:
             request = Branch(
                 tuple(bases), forks, params.n, 0, params.sampling(), outcome, why="plausible tokens continued"
             )
             draws = yield from sampled_until(request, most=params.most, width=params.width)
-        explored = Explored(bases, [a.outcome for a in answers], inside, tried, draws)
+        explored = Explored(bases, [a.outcome for a in answers], inside, at, tried, draws)
         return fork_table(explored, params.epsilon)[list(self.measures)]
 
     def findings(self, result: Result) -> list[Finding]:
@@ -122,11 +121,15 @@ class ForkingPaths(Analysis):
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
         """The stream of outcomes over the text, what alternatives lead to, drift and survival, and the inside."""
         data, found = result.dataset, result.findings
-        first = int(data["text"].values[0])
+        deciding = _deciding(result)
+        first = int(data["text"].values[0]) if deciding is None else deciding.text
         one = data.isel(token=data["text"].values == first)
         tokens = tuple(map(str, one["token_str"].values))
-        deciding = _deciding(result)
-        marks = [(deciding.place, deciding.shown)] if deciding is not None and deciding.text == first else []
+        marks = (
+            []
+            if deciding is None
+            else [(deciding.place, f"{plots.visible(tokens[deciding.place])} or {deciding.shown}?")]
+        )
         about = f"{result.about} Answer {first}, greedy; continuations at the tokens where more than one is plausible."
         curves = {"drift from the start": one["drift"], "survival": one["survival"]}
         return {
@@ -141,6 +144,7 @@ class ForkingPaths(Analysis):
                 alt="Semantic drift, survival and the posterior of a change against the token of the answer.",
             ),
             "alternatives": _alternatives(result, first),
+            **inside_drawings(data, _places(result), about),
             "inside": plots.heatmap(
                 one["lens_logprob_nats"], title="When the layers know each token of the answer", unit="nats",
                 quantity="log-probability by the lens", caption=f"{about} Logit lens at the place that predicts the token.",
@@ -173,12 +177,35 @@ def _deciding(result: Result) -> _Deciding | None:
     other = np.flatnonzero(_is_alternative(result))
     if not other.size:
         return None
-    # Far and likely: the answer's last words may be swapped for the opposite, but hardly ever are.
-    best = int(other[np.argmax((result["branch_distance"].values * result["branch_prob"].values)[other])])
+    best = int(other[np.argmax(_weight(result)[other])])
     place = int(result["branch_place"].values[best])
     text = int(result["text"].values[place])
     within = place - int(np.flatnonzero(result["text"].values == text)[0])
     return _Deciding(text, within, best, plots.visible(_word(result, int(result["branch_id"].values[best]))))
+
+
+def _weight(result: Result) -> np.ndarray:
+    """How much depends on each branch: its probability times its distance beyond what few continuations give by chance.
+
+    Far and likely: the answer's last words may be swapped for the opposite, but hardly ever are. From the squared
+    distance its bias is taken, sum p (1 - p) / (n - 1) for each of the two distributions.
+    """
+    place, shares, n = (result[f"branch_{name}"].values for name in ("place", "share", "n"))
+    noise = (shares * (1 - shares)).sum(axis=1) / np.maximum(n - 1, 1)
+    own = np.flatnonzero(~_is_alternative(result))
+    of_own = np.zeros(result.dataset.sizes["token"])
+    of_own[place[own]] = noise[own]
+    beyond = result["branch_distance"].values ** 2 - noise - of_own[place]
+    return result["branch_prob"].values * np.sqrt(np.maximum(beyond, 0))
+
+
+def _places(result: Result) -> dict[str, int]:
+    """The deciding token, and up to three more on which much depends, as places on the token axis."""
+    other = np.flatnonzero(_is_alternative(result))
+    weight = _weight(result)
+    order = other[np.argsort(-weight[other], kind="stable")]
+    places = list(dict.fromkeys(int(result["branch_place"].values[k]) for k in order if weight[k] > 0))[:MOST_SHOWN]
+    return {("deciding" if i == 0 else f"fork {i + 1}"): at for i, at in enumerate(places)}
 
 
 def _word(result: Result, token: int) -> str:

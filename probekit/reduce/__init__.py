@@ -4,6 +4,7 @@ from .attention import AttentionStats, Maps, ReceivedWithin
 from .base import Field, Partial, Recorder, Reducer, Rows
 from .direct import DirectRows, LogitDirection, Pair, pair_ids
 from .local_attention import LocalAttention
+from .nucleus import Nucleus, Tempered
 from .positions import AtPosition, log_softmax, read_answers
 from .readout import NextToken, Readout
 from .relations import BlockNorms, BlockRows, CosineTo, MlpAlignment, OutputNorm, ValueRows
@@ -26,6 +27,7 @@ __all__ = [
     "MlpAlignment",
     "NextToken",
     "Norm",
+    "Nucleus",
     "OutputNorm",
     "Pair",
     "Partial",
@@ -35,6 +37,7 @@ __all__ = [
     "Reducer",
     "Rows",
     "SinkLogitGap",
+    "Tempered",
     "TopMagnitudes",
     "ValueRows",
     "log_softmax",

@@ -4,6 +4,7 @@ from .change_points import STRONG, Changes, find_changes
 from .forks import OTHER, Alternative, Distance, ForkMap, Position, distance
 from .outcomes import Choice, Contains, LastNumber, Pattern, Rule
 from .params import WritingParams
+from .released import ReleasedForks, read_released
 from .rounds import Draws, base_answers, half_width, sampled_until
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "LastNumber",
     "Pattern",
     "Position",
+    "ReleasedForks",
     "Rule",
     "WritingParams",
     "base_answers",
     "distance",
     "find_changes",
     "half_width",
+    "read_released",
     "sampled_until",
 ]

@@ -8,35 +8,53 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from probekit.core import Base, Batch, Capture, Fork, TokenText, Trace, token_coords
-from probekit.reduce import AttentionStats, NextToken, Readout
+from probekit.core import Base, Batch, Capture, Fork, InputError, Trace, token_coords
+from probekit.reduce import Tempered
 
 from .change_points import find_changes
 from .forks import OTHER, Alternative, ForkMap, Position, distance
+from .inside import NEXT, answers_only, inside_measures
 from .rounds import Draws
 
-NEXT = Capture("logits", NextToken(20))
-LENS = Capture("resid_post", Readout(1))
-SINKS = Capture("pattern", AttentionStats())
 MOST_ODDS = 1e12
 Tried = dict[tuple[int, int], tuple[int, ...]]
 
 
-def plausible_tokens(bases: list[Base], inside: Trace, p_min: float, spacing: int) -> Tried:
-    """Tokens that are tried at each position of each answer, its own first; positions that are not looked at have one."""
-    ids, logprob = inside[NEXT]["top_id"].values, inside[NEXT]["top_logprob"].values
+def drawn_at(temperature: float) -> Capture:
+    """What tells the probabilities of tokens at the temperature at which they are drawn.
+
+    Raises:
+        InputError: at temperature 0 nothing is drawn.
+    """
+    if temperature == 0:
+        raise InputError("At temperature 0 only one token can follow, so nothing forks; give a temperature above 0.")
+    return NEXT if temperature == 1 else Capture("logits", Tempered(temperature, 20))
+
+
+def plausible_tokens(bases: list[Base], inside: Trace, at: Capture, *, p_min: float, spacing: int = 1) -> Tried:
+    """Tokens that are tried at each position of each answer, its own first; positions that are not looked at have one.
+
+    Args:
+        bases: prompts with their answers.
+        inside: a pass over them with the capture `at`.
+        at: see `drawn_at`.
+        p_min: least probability of a token.
+        spacing: look at every n-th token.
+    """
+    ids, logprob = inside[at]["top_id"].values, inside[at]["top_logprob"].values
     found: Tried = {}
     for i, base in enumerate(bases):
-        for at in range(base.n_prompt, len(base.ids)):
-            row, own = inside.batch.starts[i] + at - 1, base.ids[at]
-            likely = ids[row][logprob[row] > np.log(p_min)].tolist() if (at - base.n_prompt) % spacing == 0 else []
-            found[i, at] = (own, *(int(t) for t in likely if t != own))
+        for place in range(base.n_prompt, len(base.ids)):
+            row, own = inside.batch.starts[i] + place - 1, base.ids[place]
+            looked_at = (place - base.n_prompt) % spacing == 0
+            likely = ids[row][logprob[row] > np.log(p_min)].tolist() if looked_at else []
+            found[i, place] = (own, *(int(t) for t in likely if t != own))
     return found
 
 
-def _probs(inside: Trace, row: int, tokens: tuple[int, ...]) -> list[float]:
+def _probs(inside: Trace, at: Capture, row: int, tokens: tuple[int, ...]) -> list[float]:
     """Probabilities of tokens after a row; the first is the one that follows, which need not be among the likeliest."""
-    shown = inside[NEXT].isel(token=row)
+    shown = inside[at].isel(token=row)
     known = dict(zip(shown["top_id"].values.tolist(), np.exp(shown["top_logprob"].values.astype(float)), strict=True))
     own = float(np.exp(shown["logprob_nats"].values))
     return [own, *(float(known[t]) for t in tokens[1:])]
@@ -49,7 +67,8 @@ class Explored:
     Args:
         bases: prompts with their answers.
         said: what each answer says.
-        inside: a pass over the bases with the captures `NEXT`, `LENS` and `SINKS`.
+        inside: a pass over the bases with the captures `INSIDE` and `at`.
+        at: see `drawn_at`.
         tried: tokens that were tried at each position of each answer, its own first.
         draws: continuations of each of them, where there is more than one.
     """
@@ -57,6 +76,7 @@ class Explored:
     bases: list[Base]
     said: list[str | None]
     inside: Trace
+    at: Capture
     tried: Tried
     draws: Draws
 
@@ -69,48 +89,38 @@ def fork_table(explored: Explored, epsilon: float) -> xr.Dataset:
         epsilon: distance from which an alternative forks.
     """
     bases, said, inside = explored.bases, explored.said, explored.inside
-    tried, draws = explored.tried, explored.draws
-    maps = {i: _map(i, inside, tried, draws) for i in range(len(bases))}
+    maps = {i: _map(i, explored) for i in range(len(bases))}
     cases = list(dict.fromkeys(c for m in maps.values() if m is not None for c in m.categories))
     cases += [c for c in dict.fromkeys(s or OTHER for s in said) if c not in cases]
     cases = [c for c in cases if c != OTHER] + [OTHER] * (OTHER in cases)
-    rows = np.concatenate([inside.batch.starts[i] + np.arange(b.n_prompt, len(b.ids)) for i, b in enumerate(bases)])
-    texts = tuple(
-        TokenText(b.ids[b.n_prompt :], t.strings[b.n_prompt :]) for b, t in zip(bases, inside.batch, strict=True)
-    )
-    batch = Batch(texts)
+    batch, rows = answers_only(bases, inside)
     along = {name: np.zeros(batch.n_tokens) for name in ("sampled", "drift", "hazard", "survival", "change")}
     shares, odds = np.zeros((batch.n_tokens, len(cases))), np.zeros(len(bases))
     for i, base in enumerate(bases):
         here = slice(batch.starts[i], batch.starts[i] + batch.lengths[i])
         odds[i] = _along(along, shares[here], here, maps[i], cases, (said[i] or OTHER, base.n_prompt, epsilon))
-    next_, lens = inside[NEXT], inside[LENS]
     branches = _branches(bases, maps, cases, batch, inside)
     return xr.Dataset(
         {
             "outcome_share": (("token", "case"), shares),
             **{name: ("token", values) for name, values in along.items()},
             "change_odds": ("text", np.minimum(odds, MOST_ODDS)),
-            "probability": ("token", np.exp(next_["logprob_nats"].values[rows - 1].astype(float))),
-            "entropy_nats": ("token", next_["entropy_nats"].values[rows - 1]),
-            "lens_logprob_nats": (("layer", "token"), lens["logprob_nats"].values[:, rows - 1]),
-            "sink_share": (("layer", "token"), inside[SINKS]["first_share"].values[:, :, rows - 1].mean(axis=1)),
+            **inside_measures(inside, rows),
             **branches,
-            "vocab_str": inside.vocab_table(),
             "answer_case": ("text", [cases.index(s or OTHER) for s in said]),
         },
-        coords=token_coords(batch) | {"case": np.array(cases, dtype=object), "layer": lens["layer"].values},
+        coords=token_coords(batch) | {"case": np.array(cases, dtype=object), "layer": np.arange(inside.info.n_layers)},
     )
 
 
-def _map(i: int, inside: Trace, tried: Tried, draws: Draws) -> ForkMap | None:
-    positions = []
-    for (text, at), tokens in tried.items():
+def _map(i: int, explored: Explored) -> ForkMap | None:
+    inside, positions = explored.inside, []
+    for (text, place), tokens in explored.tried.items():
         if text == i and len(tokens) > 1:
-            probs = _probs(inside, inside.batch.starts[i] + at - 1, tokens)
-            found = [tuple(c.outcome for c in draws[Fork(i, at, t)]) for t in tokens]
+            probs = _probs(inside, explored.at, inside.batch.starts[i] + place - 1, tokens)
+            found = [tuple(c.outcome for c in explored.draws[Fork(i, place, t)]) for t in tokens]
             positions.append(
-                Position(at, tuple(Alternative(t, p, o) for t, p, o in zip(tokens, probs, found, strict=True)))
+                Position(place, tuple(Alternative(t, p, o) for t, p, o in zip(tokens, probs, found, strict=True)))
             )
     return ForkMap(tuple(positions)) if positions else None
 

@@ -107,6 +107,57 @@ def test_intervals_hold_the_truth_at_the_nominal_rate() -> None:
     assert rates[Fork(0, 2)] < 1
 
 
+def test_tokens_weigh_what_they_do_at_the_temperature_of_the_draws() -> None:
+    """At temperature 0.5, probabilities are squared and divided by their sum: 0.6 and 0.4 become 0.69 and 0.31."""
+    result = find(temperature=0.5)
+    assert result["hazard"].values == pytest.approx([0.16 / 0.52, 0, 0, 0, 0], abs=1e-6), (
+        "NO has 0.012 now, below p_min"
+    )
+    assert result["sampled"].values.tolist() == [1, 1, 1, 0, 0]
+    yes = 0.81 / 0.82
+    ahead = [(0.36 * yes + 0.16 * (1 - yes)) / 0.52, yes, yes]
+    assert result["outcome_share"].sel(case="w10").values[:3] == pytest.approx(ahead, abs=0.06)
+    with pytest.raises(InputError, match="nothing forks; give a temperature above 0"):
+        find(temperature=0.0)
+
+
+def test_what_few_continuations_give_by_chance_does_not_decide() -> None:
+    """Equal probabilities: 0.5 apart on 4 continuations each weighs less than 0.45 apart on 1,000; by hand."""
+    import xarray as xr
+
+    from probekit.phenomena.forking_paths import _weight
+
+    share = [
+        [0.75, 0.25],
+        [0.75 - 0.5 / 2**0.5, 0.25 + 0.5 / 2**0.5],
+        [0.75, 0.25],
+        [0.75 - 0.45 / 2**0.5, 0.25 + 0.45 / 2**0.5],
+    ]
+    data = xr.Dataset(
+        {
+            "branch_place": ("branch", [0, 0, 1, 1]),
+            "branch_id": ("branch", [5, 6, 7, 8]),
+            "branch_prob": ("branch", [0.6, 0.3, 0.6, 0.3]),
+            "branch_n": ("branch", [4, 4, 1000, 1000]),
+            "branch_distance": ("branch", [0.0, 0.5, 0.0, 0.45]),
+            "branch_share": (("branch", "case"), share),
+            "token_id": ("token", [5, 7]),
+        }
+    )
+
+    class Like:
+        dataset = data
+
+        def __getitem__(self, name: str) -> xr.DataArray:
+            return data[name]
+
+    weight = _weight(Like())  # type: ignore[arg-type]
+    p = share[1][0]
+    noise = (2 * 0.75 * 0.25 + 2 * p * (1 - p)) / 3
+    assert weight[1] == pytest.approx(0.3 * np.sqrt(max(0.25 - noise, 0))) and weight[1] < weight[3]
+    assert weight[3] == pytest.approx(0.3 * 0.45, abs=0.001)
+
+
 def test_a_text_without_plausible_alternatives_is_silent() -> None:
     result = find(p_min=0.5, max_tokens=3)
     assert result.dataset.sizes["branch"] == 0 and result["survival"].values[-1] == 1
