@@ -16,13 +16,14 @@ from probekit.core import (
     Batch,
     BosPolicy,
     CapabilityError,
-    Embed,
+    Embedded,
     InputError,
     ModelError,
     ModelInfo,
     Progress,
     Request,
     TextError,
+    VocabularyTable,
 )
 
 _TEXTS_AT_ONCE = 32
@@ -179,45 +180,63 @@ class SentenceTransformersModel:
             self._weights_hash = digest.hexdigest()
         return self._weights_hash
 
-    def execute(self, request: Request, batch: Batch, progress: Progress | None = None) -> np.ndarray:
-        """One embedding per text, float32, axes (text, d_model).
+    def execute(self, request: Request, batch: Batch, progress: Progress | None = None) -> Any:
+        """Nothing: an encoder serves no pass over texts.
+
+        Raises:
+            CapabilityError: always; embeddings come from `embed_texts`.
+        """
+        raise CapabilityError(
+            f"{self._name!r} is a text-embedding model (an encoder), and this analysis needs a language model "
+            "(a decoder) that predicts the next token. Open one, such as the embedded 'smollm2-135m-instruct'."
+        )
+
+    def embed_texts(
+        self, texts: Sequence[str], *, normalise: bool = True, progress: Progress | None = None
+    ) -> Embedded:
+        """One embedding per text, and the ids that it ran as. Texts run sorted by length, so that little is padding.
 
         Args:
-            request: an `Embed`.
-            batch: the texts.
+            texts: any strings, blank ones too.
+            normalise: whether each embedding is scaled to unit length.
             progress: is told the work done, in GFLOP.
 
         Raises:
-            CapabilityError: the request needs a language model.
             TextError: a text is longer than the model reads.
         """
-        if not isinstance(request, Embed):
-            raise CapabilityError(
-                f"{self._name!r} is a text-embedding model (an encoder), and this analysis needs a language model "
-                "(a decoder) that predicts the next token. Open one, such as the embedded 'smollm2-135m-instruct'."
+        found = self.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        ids = tuple(tuple(one) for one in found)
+        limit = self.context_length
+        lengths = np.array([len(one) for one in ids])
+        if limit is not None and lengths.max() > limit:
+            i = int(lengths.argmax())
+            raise TextError(
+                f"Text {i} has {lengths[i]} tokens; {self._name!r} reads at most {limit}. Cut it into pieces."
             )
-        self._check_lengths(batch)
-        done = []
+        values = np.empty((len(ids), self.info.d_model), np.float32)
+        order = np.argsort(-lengths, kind="stable")
         with self._lock:
-            for start in range(0, len(batch), _TEXTS_AT_ONCE):
-                part = batch.select(range(start, min(start + _TEXTS_AT_ONCE, len(batch))))
-                done.append(self._run(part, request.normalise))
+            for start in range(0, len(order), _TEXTS_AT_ONCE):
+                part = order[start : start + _TEXTS_AT_ONCE]
+                rows = self._run([ids[i] for i in part], normalise)
+                if rows.shape[1] != values.shape[1]:
+                    values = np.empty((len(ids), rows.shape[1]), np.float32)  # a projection follows the pooling
+                values[part] = rows
                 if progress is not None:
-                    progress(2e-9 * part.n_tokens * self.info.n_params)
-        return np.concatenate(done)
+                    progress(2e-9 * float(lengths[part].sum()) * self.info.n_params)
+        return Embedded(values, ids)
 
-    def _run(self, batch: Batch, normalise: bool) -> np.ndarray:
+    def _run(self, ids: Sequence[Sequence[int]], normalise: bool) -> np.ndarray:
         import torch
         from sentence_transformers.sentence_transformer.modules import Normalize
 
         module = self.module
-        ids = torch.full((len(batch), max(batch.lengths)), self.tokenizer.pad_token_id or 0, device=module.device)
-        mask = torch.zeros_like(ids)
-        for i, text in enumerate(batch):
-            ids[i, : len(text)] = torch.tensor(text.ids)
-            mask[i, : len(text)] = 1
-        features: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        with torch.no_grad():
+        longest = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id or 0
+        rows = torch.tensor([[*one, *[pad] * (longest - len(one))] for one in ids])
+        mask = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in ids])
+        features: dict[str, Any] = {"input_ids": rows.to(module.device), "attention_mask": mask.to(module.device)}
+        with torch.inference_mode():
             for step in module:
                 if not isinstance(step, Normalize):
                     features = step(features)
@@ -227,11 +246,21 @@ class SentenceTransformersModel:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit-length embeddings of the texts, float32, axes (text, d_model).
 
+        Raises:
+            TextError: a text is empty or longer than the model reads.
+
         Example:
             >>> open_model("all-minilm-l6-v2").embed(["a cat", "a kitten"]).shape  # doctest: +SKIP
             (2, 384)
         """
-        return self.execute(Embed(), self.tokenize(texts))
+        self._check_lengths(self.tokenize(texts))
+        return self.embed_texts(texts).values
+
+    def vocabulary(self) -> VocabularyTable:
+        """Every id of the tokenizer, decoded and encoded again."""
+        from .transformers.vocabulary import vocabulary_table
+
+        return vocabulary_table(self.tokenizer, self.info.d_vocab)
 
 
 def _json(path: Path) -> Any:

@@ -20,9 +20,22 @@ from .errors import (
 from .generated import Generated
 from .model import Model, ModelInfo, Progress
 from .points import SITES, Point, Site
-from .requests import Capture, Embed, Forward, LogitDifference, ReducerSpec, Reference, Request
+from .requests import (
+    Capture,
+    Embed,
+    Embedded,
+    Forward,
+    LogitDifference,
+    LookUp,
+    ReducerSpec,
+    Reference,
+    Request,
+    Vocabulary,
+    Weights,
+)
 from .text import Batch, BosPolicy, Chat, TokenText
 from .trace import Trace, token_coords
+from .vocabulary import VocabularyTable, VocabularyWeights
 
 __all__ = [
     "AXES",
@@ -40,12 +53,14 @@ __all__ = [
     "Continuation",
     "Edit",
     "Embed",
+    "Embedded",
     "Fork",
     "Forward",
     "Generated",
     "InputError",
     "KnockOut",
     "LogitDifference",
+    "LookUp",
     "Model",
     "ModelError",
     "ModelInfo",
@@ -71,6 +86,10 @@ __all__ = [
     "Trace",
     "UnknownName",
     "Values",
+    "Vocabulary",
+    "VocabularyTable",
+    "VocabularyWeights",
+    "Weights",
     "check_axes",
     "check_patch",
     "joined",

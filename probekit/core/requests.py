@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -163,13 +163,56 @@ class Embed:
     """One embedding per text, from a text-embedding model.
 
     Args:
+        texts: what is embedded, in place of the run's texts.
         normalise: whether each embedding is scaled to unit length.
+        model: the role of the model this goes to.
+        why: what it is for, in a few words.
+    """
+
+    texts: tuple[str, ...]
+    normalise: bool = True
+    model: str = "model"
+    why: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise InputError("A request for embeddings needs texts; found none.")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What an `Embed` request brought back.
+
+    Args:
+        values: axes text, d_model; float32.
+        ids: the token ids that each text ran as, special tokens included.
+    """
+
+    values: np.ndarray
+    ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Every id of a model's tokenizer, decoded and encoded again: a `VocabularyTable`.
+
+    Args:
         model: the role of the model this goes to.
     """
 
-    normalise: bool = True
     model: str = "model"
-    kind: Literal["embed"] = "embed"
 
 
-Request = Forward | Embed | Branch
+@dataclass(frozen=True)
+class Weights:
+    """The rows that a model keeps for each id: `VocabularyWeights`, read off its files where they allow it.
+
+    Args:
+        model: the role of the model this goes to.
+    """
+
+    model: str = "model"
+
+
+LookUp = Embed | Vocabulary | Weights
+Request = Forward | Branch | LookUp

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from probekit.core import Branch, Branches, Forward, InputError, Request, Trace
+from probekit.core import Branch, Branches, Forward, InputError, LookUp, Request, Trace
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Serve = Callable[[Forward], Trace]
 Write = Callable[[Branch], Branches]
+Look = Callable[[LookUp], Any]
 
 
 def union(requests: Sequence[Request]) -> list[Forward]:
@@ -34,13 +35,16 @@ def union(requests: Sequence[Request]) -> list[Forward]:
     return list(merged.values())
 
 
-def run_flows(flows: Mapping[str, Flow], serve: Serve, write: Write | None = None) -> dict[str, xr.Dataset]:
+def run_flows(
+    flows: Mapping[str, Flow], serve: Serve, write: Write | None = None, look_up: Look | None = None
+) -> dict[str, xr.Dataset]:
     """Advance all conversations together until each has returned its result.
 
     Args:
         flows: by name, generators that yield requests, are sent traces and return datasets.
         serve: runs one pass and returns its trace.
         write: writes continuations and returns them; None where nobody asks for any.
+        look_up: answers what needs no pass over the texts (weights, vocabulary, embeddings); None where nobody asks.
 
     Returns:
         The datasets, by name, in the order of `flows`.
@@ -54,12 +58,19 @@ def run_flows(flows: Mapping[str, Flow], serve: Serve, write: Write | None = Non
             round_ = dict(waiting)
             waiting.clear()
             asked = [request for _, request in round_.values()]
-            traces = {p.pass_key: serve(p) for p in union([r for r in asked if not isinstance(r, Branch)])}
+            traces = {p.pass_key: serve(p) for p in union([r for r in asked if not isinstance(r, Branch | LookUp)])}
             branches = {r.pass_key: r for r in asked if isinstance(r, Branch)}
             if branches and write is None:
                 raise InputError("Expected an analysis to yield Forward requests, found Branch.")
             written = {key: write(r) for key, r in branches.items()} if write is not None else {}
+            looked = [r for r in asked if isinstance(r, LookUp)]
+            if looked and look_up is None:
+                raise InputError(f"Expected an analysis to yield Forward requests, found {type(looked[0]).__name__}.")
+            found = {r: look_up(r) for r in dict.fromkeys(looked)} if look_up is not None else {}
             for name, (flow, request) in round_.items():
+                if isinstance(request, LookUp):
+                    _advance(name, flow, found[request], waiting, done)
+                    continue
                 if isinstance(request, Branch):
                     _advance(name, flow, written[request.pass_key], waiting, done)
                     continue
@@ -74,7 +85,7 @@ def run_flows(flows: Mapping[str, Flow], serve: Serve, write: Write | None = Non
 def _advance(
     name: str,
     flow: Flow,
-    trace: Trace | Branches | None,
+    trace: Any,
     waiting: dict[str, tuple[Flow, Request]],
     done: dict[str, xr.Dataset],
 ) -> None:

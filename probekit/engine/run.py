@@ -19,6 +19,7 @@ from probekit.core import (
     Branches,
     Forward,
     InputError,
+    LookUp,
     Model,
     ModelInfo,
     TextError,
@@ -30,6 +31,7 @@ from probekit.reduce import Partial
 from .branches import run_branch
 from .journal import Journal
 from .lockstep import run_flows, union
+from .look_up import answer
 from .plan import Plan, make_plan
 from .progress import Progress
 
@@ -80,8 +82,8 @@ def first_plan(jobs: Sequence[Job], info: ModelInfo, batch: Batch, memory_limit:
     passes = count_passes(jobs, info, batch)
     more = [(job.analysis.name, job.analysis.passes(job.params, info, batch) - 1) for job in jobs]
     later = tuple((name, n) for name, n in more if n > 0)
-    looks = [r for r in requests if not isinstance(r, Branch)]
-    if len(looks) < len(requests):  # reading the prompts, which continuations begin with
+    looks = [r for r in requests if not isinstance(r, Branch | LookUp)]
+    if any(isinstance(r, Branch) for r in requests):  # reading the prompts, which continuations begin with
         looks.append(Forward((), why="prompts are read, and continuations written"))
     return [replace(make_plan(r, batch, info, memory_limit), passes=passes, later=later) for r in union(looks)]
 
@@ -166,7 +168,7 @@ def check_roles(jobs: Sequence[Job], models: Mapping[str, Model]) -> None:
             )
 
 
-def _model_of(request: Forward | Branch, models: Mapping[str, Model]) -> Model:
+def _model_of(request: Forward | Branch | LookUp, models: Mapping[str, Model]) -> Model:
     if request.model not in models:
         raise InputError(
             f"An analysis asks for a model in the role {request.model!r}; this run has {', '.join(models)}. An analysis "
@@ -224,11 +226,14 @@ def run_jobs(
         writer = _model_of(request, models)
         return run_branch(writer, request, kept[request.model], memory_limit=memory_limit, progress=bar)
 
+    def look_up(request: LookUp) -> Any:
+        return answer(_model_of(request, models), request, bar)
+
     flows = {job.analysis.name: job.analysis.flow(job.params, model.info) for job in jobs}
     with ExitStack() as stack:
         bar = stack.enter_context(Progress(count_passes(jobs, model.info, batch), shown=progress))
         kept = {role: stack.enter_context(Journal(journal, _who(m, journal))) for role, m in models.items()}
-        datasets = run_flows(flows, serve, write)
+        datasets = run_flows(flows, serve, write, look_up)
     provenance = {
         "probekit": __version__,
         **model.provenance(),

@@ -31,6 +31,8 @@ from probekit.core import (
     Patch,
     Progress,
     Request,
+    VocabularyTable,
+    VocabularyWeights,
 )
 from probekit.reduce import Partial
 
@@ -40,6 +42,7 @@ from .forward_pass import evaluating, run_pass
 from .generation import generate
 from .relu_attention import RELU
 from .tokens import token_strings, tokenize, tokenizer_hash
+from .vocabulary import vocabulary_table, vocabulary_weights
 from .weights import devices_of, hash_of, input_device, is_quantised, output_gram, state_of, unembedding
 
 _D_MLP = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # first that is set; else 4 · d_model
@@ -176,11 +179,7 @@ class TransformersModel:
             if self._module is not None and not is_quantised(self._module):
                 self._n_params = sum(p.numel() for p in self._module.parameters())
             else:  # packed weights have fewer entries than parameters
-                config = copy.deepcopy(self._whole_config)
-                if hasattr(config, "quantization_config"):
-                    del config.quantization_config
-                with torch.device("meta"):
-                    self._n_params = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+                self._n_params = sum(p.numel() for p in self.skeleton().parameters())
         return self._n_params
 
     def _d_vocab(self) -> int:
@@ -302,6 +301,33 @@ class TransformersModel:
         """Write continuations of shared prefixes; see `branching.write_branches`."""
         with self._lock:
             write_branches(self, request, done, memory_limit=memory_limit)
+
+    @property
+    def config(self) -> Any:
+        """The configuration as transformers reads it."""
+        return self._whole_config
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._module is not None
+
+    def skeleton(self) -> nn.Module:
+        """The model without values, to read names and shapes off."""
+        config = copy.deepcopy(self._whole_config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    def vocabulary(self) -> VocabularyTable:
+        """Every id of the tokenizer, decoded and encoded again; see `vocabulary.vocabulary_table`."""
+        return vocabulary_table(self.tokenizer, self.info.d_vocab)
+
+    def vocabulary_weights(self) -> VocabularyWeights:
+        """Rows of embedding and unembedding; see `vocabulary.vocabulary_weights`."""
+        with self._lock:
+            return vocabulary_weights(self)
 
     def own_logits(self, batch: Batch) -> np.ndarray:
         """The model's own logits for one text, computed without probekit's hooks; axes token, vocab."""
