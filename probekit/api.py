@@ -63,6 +63,8 @@ def make_batch(
         TextError: a text is empty, too short for an analysis or too long for the model.
         CapabilityError: a chat was asked for, and the model has no tokenizer that could make one.
     """
+    if texts is None and jobs and not any(job.analysis.reads_texts for job in jobs):
+        return Batch(())
     domains: list[str] = []
     answers: list[str] = []
     if isinstance(texts, Mapping) and "text" not in texts:
@@ -170,13 +172,13 @@ def _open(model: Any) -> Model:
 
 
 @overload
-def run(names: str, model: Any, texts: Any, **params: Any) -> Result: ...
+def run(names: str, model: Any, texts: Any = None, **params: Any) -> Result: ...
 @overload
-def run(names: Sequence[str], model: Any, texts: Any, **params: Any) -> Results: ...
+def run(names: Sequence[str], model: Any, texts: Any = None, **params: Any) -> Results: ...
 def run(
     names: str | Sequence[str],
     model: Any,
-    texts: Any,
+    texts: Any = None,
     *,
     bos: BosPolicy = "model",
     chat: Chat = False,
@@ -231,7 +233,7 @@ def run(
 def plan(
     names: str | Sequence[str],
     model: Any,
-    texts: Any,
+    texts: Any = None,
     *,
     bos: BosPolicy = "model",
     chat: Chat = False,

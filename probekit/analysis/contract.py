@@ -61,6 +61,8 @@ class Analysis:
         writes: whether it lets the model write on, which takes minutes; its texts are prompts, and it runs when it is
             named, too.
         roles: further models that it needs beside the one under study, such as ("base",).
+        reads_texts: whether it looks at texts; one that looks at weights, vocabularies or sentences of its own runs
+            when it is named, and needs none.
     """
 
     name: ClassVar[str]
@@ -69,6 +71,7 @@ class Analysis:
     intervenes: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ()
+    reads_texts: ClassVar[bool] = True
     Params: ClassVar[type[Params]] = Params
 
     def min_tokens(self, params: Any) -> int:

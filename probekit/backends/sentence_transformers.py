@@ -256,6 +256,12 @@ class SentenceTransformersModel:
         self._check_lengths(self.tokenize(texts))
         return self.embed_texts(texts).values
 
+    def ids_of(self, texts: Sequence[str], *, special: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Token ids of texts, with the special tokens that the tokenizer adds by itself if wanted."""
+        from .transformers.vocabulary import ids_of
+
+        return ids_of(self.tokenizer, texts, special=special)
+
     def vocabulary(self) -> VocabularyTable:
         """Every id of the tokenizer, decoded and encoded again."""
         from .transformers.vocabulary import vocabulary_table

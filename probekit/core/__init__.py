@@ -30,6 +30,7 @@ from .requests import (
     ReducerSpec,
     Reference,
     Request,
+    Tokenize,
     Vocabulary,
     Weights,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "StoreError",
     "TextError",
     "TokenText",
+    "Tokenize",
     "Trace",
     "UnknownName",
     "Values",

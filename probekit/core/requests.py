@@ -214,5 +214,20 @@ class Weights:
     model: str = "model"
 
 
-LookUp = Embed | Vocabulary | Weights
+@dataclass(frozen=True)
+class Tokenize:
+    """Token ids of texts: a tuple of ids per text.
+
+    Args:
+        texts: what is tokenised; an empty one gives the special tokens alone.
+        special: whether the tokenizer adds the special tokens that it adds by itself.
+        model: the role of the model this goes to.
+    """
+
+    texts: tuple[str, ...]
+    special: bool = False
+    model: str = "model"
+
+
+LookUp = Embed | Tokenize | Vocabulary | Weights
 Request = Forward | Branch | LookUp

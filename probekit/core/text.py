@@ -85,12 +85,12 @@ class Batch:
     @cached_property
     def ids(self) -> np.ndarray:
         """Token ids, int64, axis `token`."""
-        return np.concatenate([np.asarray(t.ids, dtype=np.int64) for t in self.texts])
+        return np.concatenate([np.zeros(0, np.int64), *(np.asarray(t.ids, dtype=np.int64) for t in self.texts)])
 
     @cached_property
     def pos(self) -> np.ndarray:
         """Position of each token within its text, int64, axis `token`."""
-        return np.concatenate([np.arange(n, dtype=np.int64) for n in self.lengths])
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(n, dtype=np.int64) for n in self.lengths)])
 
     @cached_property
     def text_of_token(self) -> np.ndarray:

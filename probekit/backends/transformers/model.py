@@ -42,7 +42,7 @@ from .forward_pass import evaluating, run_pass
 from .generation import generate
 from .relu_attention import RELU
 from .tokens import token_strings, tokenize, tokenizer_hash
-from .vocabulary import vocabulary_table, vocabulary_weights
+from .vocabulary import ids_of, vocabulary_table, vocabulary_weights
 from .weights import devices_of, hash_of, input_device, is_quantised, output_gram, state_of, unembedding
 
 _D_MLP = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # first that is set; else 4 · d_model
@@ -323,6 +323,10 @@ class TransformersModel:
     def vocabulary(self) -> VocabularyTable:
         """Every id of the tokenizer, decoded and encoded again; see `vocabulary.vocabulary_table`."""
         return vocabulary_table(self.tokenizer, self.info.d_vocab)
+
+    def ids_of(self, texts: Sequence[str], *, special: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Token ids of texts, with the special tokens that the tokenizer adds by itself if wanted."""
+        return ids_of(self.tokenizer, texts, special=special)
 
     def vocabulary_weights(self) -> VocabularyWeights:
         """Rows of embedding and unembedding; see `vocabulary.vocabulary_weights`."""

@@ -46,6 +46,12 @@ def vocabulary_table(tokenizer: Any, d_vocab: int) -> VocabularyTable:
     return VocabularyTable(pieces, token_strings(tokenizer, ids), decoded, tuple(encoded), special)
 
 
+def ids_of(tokenizer: Any, texts: Sequence[str], *, special: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Token ids of texts, with the special tokens that the tokenizer adds by itself if wanted."""
+    found = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+    return tuple(tuple(map(int, ids)) for ids in found)
+
+
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return list(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
 
@@ -90,7 +96,7 @@ def _float(tensor: torch.Tensor) -> np.ndarray:
 def _from_files(model: TransformersModel) -> VocabularyWeights | None:
     """None where the files are of another kind, quantised, or name the matrices otherwise."""
     assert model.folder is not None
-    skeleton = model.skeleton()
+    skeleton: Any = model.skeleton()
     names: dict[int, list[str]] = {}
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
