@@ -106,6 +106,9 @@ def list_command() -> None:
         click.echo(f"  {analysis.summary()}")
         for spec in analysis.Params.specs().values():
             click.echo(f"    --{spec.name.replace('_', '-'):<18} {spec.help} ({_fine_print(spec)})")
+        for preset, values in analysis.Params.presets.items():
+            shown = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in values.items())
+            click.echo(f"    --preset {preset:<11} {shown}")
 
 
 @cli.command("models")
@@ -128,6 +131,9 @@ def models_command() -> None:
 @click.argument("names", nargs=-1, metavar="NAME…")
 @click.option("--model", default=None, help="Name, hub id, folder or .gguf file; the embedded model if left out.")
 @click.option("--role", multiple=True, help="A further model for analyses that compare models: base=NAME.")
+@click.option(
+    "--preset", help="Values of parameters that go together, such as quick or published; see `probekit list`."
+)
 @click.option("--backend", help="Who runs a decoder: transformers (the default), transformer_lens or nnsight.")
 @click.option("--dtype", help="Type of the weights, such as bfloat16; as stored if left out.")
 @click.option("--device-map", help='Spread a decoder over devices: auto, balanced, …, or JSON such as {"": "cpu"}.')
@@ -152,6 +158,7 @@ def run_command(
     names: tuple[str, ...],
     model: str | None,
     role: tuple[str, ...],
+    preset: str | None,
     backend: str | None,
     dtype: str | None,
     device_map: str | None,
@@ -176,6 +183,8 @@ def run_command(
     how = {"backend": backend, "dtype": dtype, "device_map": _device_map(device_map)}
     turns = chat if system is None else system
     found = _texts(text, texts, chats=turns is not False)
+    if preset is not None:
+        parameters["preset"] = preset
     _execute(names, model, found, out, only_plan, bos, window, memory_gib, gather(parameters), how, turns, _roles(role))
 
 

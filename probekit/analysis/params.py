@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from probekit.core import InputError, unknown
 
@@ -91,7 +92,13 @@ def param(
 
 @dataclass(frozen=True)
 class Params:
-    """Base of every analysis' parameters."""
+    """Base of every analysis' parameters.
+
+    Attributes:
+        presets: by name, values of several parameters that go together, such as those of a paper.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @classmethod
     def specs(cls) -> dict[str, ParamSpec]:

@@ -229,5 +229,12 @@ class Tokenize:
     model: str = "model"
 
 
-LookUp = Embed | Tokenize | Vocabulary | Weights
+@dataclass(frozen=True)
+class Texts:
+    """The run's texts as they were tokenised: a `Batch`; no model runs."""
+
+    model: str = "model"
+
+
+LookUp = Embed | Texts | Tokenize | Vocabulary | Weights
 Request = Forward | Branch | LookUp

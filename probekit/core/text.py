@@ -23,12 +23,14 @@ class TokenText:
         strings: what each id shows as; the same length as `ids`.
         domain: the kind of text it is, such as "code", for analyses that compare kinds; "" if nobody said.
         answer: what a right answer to this prompt says, for analyses that tell right from wrong; "" if nobody said.
+        text: the string it was made of; "" if nobody kept it.
     """
 
     ids: tuple[int, ...]
     strings: tuple[str, ...]
     domain: str = ""
     answer: str = ""
+    text: str = ""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.strings):

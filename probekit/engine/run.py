@@ -23,6 +23,7 @@ from probekit.core import (
     Model,
     ModelInfo,
     TextError,
+    Texts,
     TokenText,
     Trace,
 )
@@ -227,6 +228,8 @@ def run_jobs(
         return run_branch(writer, request, kept[request.model], memory_limit=memory_limit, progress=bar)
 
     def look_up(request: LookUp) -> Any:
+        if isinstance(request, Texts):
+            return batch
         return answer(_model_of(request, models), request, bar)
 
     flows = {job.analysis.name: job.analysis.flow(job.params, model.info) for job in jobs}

@@ -51,7 +51,7 @@ def tokenize(tokenizer: Any, texts: Sequence[Any], bos: BosPolicy, chat: Chat = 
             ids = [tokenizer.bos_token_id, *ids]
         if not ids:
             raise TextError(f"Text {i} ({text[:30]!r}) turns into no token.")
-        done.append(TokenText(tuple(ids), token_strings(tokenizer, ids)))
+        done.append(TokenText(tuple(ids), token_strings(tokenizer, ids), text=text))
     if not done:
         raise TextError("No text was given.")
     template = about_template(tokenizer, chat) if chats else ""
