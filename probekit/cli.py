@@ -1,4 +1,4 @@
-"""The command line: demo, list, models, run."""
+"""The command line: demo, list, models, run, tune-pair."""
 
 from __future__ import annotations
 
@@ -49,6 +49,20 @@ class _RunCommand(click.Command):
         own = super().get_params(ctx)
         taken = {flag for option in own for flag in option.opts}
         return [*own, *(flag for flag in parameter_flags(analyses()) if not taken & set(flag.opts))]
+
+
+class _TuneCommand(click.Command):
+    """`tune-pair` with a flag for every parameter of a pair."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from probekit.tuning import TuneParams
+
+        return [*super().get_params(ctx), *(_flag(spec) for spec in TuneParams.specs().values())]
+
+
+def _flag(spec: ParamSpec) -> click.Parameter:
+    text = f"{spec.help} ({_fine_print(spec)})"
+    return click.Option([f"--{spec.name.replace('_', '-')}", f"{_ALL}{spec.name}"], help=text)
 
 
 def parameter_flags(known: dict[str, Analysis]) -> list[click.Parameter]:
@@ -276,16 +290,68 @@ def _execute(
     except KeyboardInterrupt:
         if journal is None or not journal.exists():
             raise
-        n = max(0, journal.read_bytes().count(b"\n") - 1)
-        raise InputError(
-            f"Stopped. {n:,} continuations are kept in {journal}; the same command goes on from there."
-        ) from None
+        raise InputError(f"Stopped. {_kept(journal)}") from None
     report = api.report(results, out)
     corpus = next(iter(results.values())).provenance["texts"]
     click.echo(_beginning(corpus.get("beginning_of_sequence", ""), corpus.get("chat_template", "")))
     for finding in strongest(results.findings, 3):
         click.echo(f"• {finding.claim}\n  {finding.evidence}")
     click.echo(f"Report: {report}")
+
+
+@cli.command("tune-pair", cls=_TuneCommand)
+@click.option("--model", default=None, help="Name, hub id, folder or .gguf file; the embedded model if left out.")
+@click.option(
+    "--texts",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A .jsonl file of questions, whose lines say in 'answer' what a right answer is.",
+)
+@click.option("--chat", is_flag=True, help="Make each question a turn in the chat template.")
+@click.option("--system", help="System message of the chats; implies --chat.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the pair.")
+@click.option("--dtype", help="Type of the weights, such as bfloat16; as stored if left out.")
+@click.option("--memory-gib", type=float, help="Memory that may be used above the loaded model, for sampling.")
+def tune_pair_command(
+    model: str | None,
+    texts: tuple[Path, ...],
+    chat: bool,
+    system: str | None,
+    out: Path,
+    dtype: str | None,
+    memory_gib: float | None,
+    **parameters: Any,
+) -> None:
+    r"""Tune a positive and a negative model on a model's own right and wrong answers.
+
+    
+    probekit tune-pair --texts questions.jsonl --chat --samples 16 --out pair
+    probekit run contrastive-estimation --text "…" --chat --role positive=pair/positive --role negative=pair/negative --out reports/pair
+    """
+    from probekit.models import default_model, open_model
+    from probekit.tuning import tune_pair
+    from probekit.tuning.folder import JOURNAL, partial_of
+
+    turns = chat if system is None else system
+    found = _texts((), texts, chats=turns is not False)
+    limit = None if memory_gib is None else int(memory_gib * 2**30)
+    opened = open_model(model or default_model(), lazy=True, dtype=dtype)
+    try:
+        pair = tune_pair(opened, found, out, chat=turns, memory_limit=limit, **gather(parameters))
+    except KeyboardInterrupt:
+        raise InputError(f"Stopped. {_kept(partial_of(out.absolute()) / JOURNAL)}") from None
+    sampled = pair.manifest["sampled"]
+    click.echo(", ".join(f"{n:,} {what}" for what, n in sampled.items()))
+    for side, path in pair.models.items():
+        run = pair.manifest[side]
+        losses = f"{run['loss_before_nats']:.3f} → {run['loss_after_nats']:.3f} nats per token"
+        click.echo(f"{side:<9} {run['examples']:,} answers, {losses}: {path}")
+
+
+def _kept(journal: Path) -> str:
+    n = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+    return f"{n:,} continuations are kept in {journal}; the same command goes on from there."
 
 
 def _about_tokens(batch: Batch) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from probekit import catalog
 from probekit.catalog import Source
-from probekit.core import InputError, Model, unknown
+from probekit.core import InputError, Model, ModelError, ModelNotFound, UnknownName, unknown
 
 if TYPE_CHECKING:
     from probekit.backends.sentence_transformers import SentenceTransformersModel
@@ -42,8 +42,8 @@ def open_model(
     """The model that `spec` stands for, ready to be run.
 
     Args:
-        spec: a catalogue name, a hub id (`owner/name` or `owner/name@revision`), a local folder, a
-            .gguf file, a pair of a loaded transformers model and its tokenizer, a `TransformerBridge` of
+        spec: a catalogue name, a hub id (`owner/name` or `owner/name@revision`), a local folder (one with an adapter of
+            peft opens its base model and merges the adapter into it), a .gguf file, a pair of a loaded transformers model and its tokenizer, a `TransformerBridge` of
             TransformerLens, a `TransformersModel` of nnsight, or an opened model, which is returned unchanged.
         dtype: type of the weights, such as "bfloat16"; as stored if None.
         device: where the weights go, such as "cuda:0"; the best there is if None.
@@ -68,7 +68,7 @@ def open_model(
         raise unknown("backend", str(backend), BACKENDS)
     if isinstance(spec, (str, os.PathLike)):
         _check_device_map(device_map, device, backend)
-        model = _through(backend, _open_source(catalog.resolve(spec), dtype, device, device_map))
+        model = _through(backend, _open_named(spec, dtype, device, device_map))
         return model if lazy else model.load()
     if dtype is not None or device is not None or device_map is not None:
         raise InputError(
@@ -136,6 +136,51 @@ def _wrapped_elsewhere(spec: Any, backend: str | None) -> Any:
     from probekit.backends.transformer_lens import TransformerLensModel
 
     return TransformerLensModel.from_bridge(spec)
+
+
+def _open_named(
+    spec: str | os.PathLike[str],
+    dtype: str | None,
+    device: str | None,
+    device_map: str | Mapping[str, int | str] | None,
+    above: tuple[Path, ...] = (),
+) -> TransformersModel | SentenceTransformersModel:
+    """A model by its spelling, or, where that is a folder with an adapter, the adapter's base with it merged in."""
+    folder = _adapter_folder(spec)
+    if folder is None:
+        return _open_source(catalog.resolve(spec), dtype, device, device_map)
+    from probekit.backends.transformers import TransformersModel
+    from probekit.backends.transformers.adapters import read_adapter, with_adapter
+
+    if device_map is not None:
+        raise InputError(
+            f"{os.fspath(spec)!r} is an adapter, which is merged on one device; use device, not device_map."
+        )
+    adapter, here = read_adapter(folder), folder.resolve()
+    if here in above:
+        raise ModelError(f"The adapter in {folder} names itself as its base, {adapter.base!r}.")
+    named = adapter.base
+    if adapter.revision and "@" not in named and not Path(named).expanduser().exists():
+        named = f"{named}@{adapter.revision}"
+    try:
+        base = _open_named(named, dtype, device, None, (*above, here))
+    except (ModelNotFound, UnknownName) as error:
+        raise ModelNotFound(
+            f"The adapter in {folder} was made for the model {adapter.base!r}, which cannot be found: {error} If it has "
+            f"moved, put its new place into 'base_model_name_or_path' of {folder / 'adapter_config.json'}."
+        ) from error
+    if not isinstance(base, TransformersModel):
+        raise ModelError(f"The adapter in {folder} was made for {adapter.base!r}, an encoder; expected a decoder.")
+    return with_adapter(base, adapter, os.fspath(spec))
+
+
+def _adapter_folder(spec: str | os.PathLike[str]) -> Path | None:
+    """The folder, where a spelling is that of a folder with an adapter of peft."""
+    name = os.fspath(spec)
+    if not isinstance(name, str) or not name.strip() or (spec == name and name.lower() in catalog.CATALOGUE):
+        return None
+    folder = Path(name).expanduser()
+    return folder if (folder / "adapter_config.json").is_file() else None
 
 
 def _open_source(

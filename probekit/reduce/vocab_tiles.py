@@ -16,6 +16,7 @@ from torch import Tensor
 from .base import Recorder
 from .sizes import DEVICE_ROWS, DEVICE_TILE
 from .unembed import Unembed
+from .vocab_rows import stream_readout
 
 
 @dataclass
@@ -195,7 +196,14 @@ def stream_readout_tiles(
         progress: is told how many rows were read since the last call.
         compiled: fuse the reduction with torch.compile.
     """
+    whole = [r for r in (*layered, *final_only) if getattr(r.reducer, "whole_rows", False)]
+    if whole:  # these sort or cut whole rows, which tiles do not hold
+        some = [r for r in layered if r in whole], [r for r in final_only if r in whole]
+        stream_readout(residuals, last_layer, targets, unembed, *some)
+        layered, final_only = [r for r in layered if r not in whole], [r for r in final_only if r not in whole]
     recorders = [*layered, *final_only]
+    if not recorders:
+        return
     reader = _Reader(unembed, max((getattr(r.reducer, "top_k", 1) for r in recorders), default=1), compiled)
     wanted = sorted({layer for r in layered for layer in r.layers} - {last_layer})
     n_tokens = max(1, DEVICE_ROWS // max(1, len(wanted)))

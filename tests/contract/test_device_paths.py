@@ -12,7 +12,7 @@ from helpers import texts_of, tiny_config, tiny_model, words_tokenizer
 from probekit.backends import capture_pass
 from probekit.backends.transformers import TransformersModel
 from probekit.core import Capture, Forward, Point
-from probekit.reduce import AttentionStats, NextToken, Readout, Recorder, vocab_tiles
+from probekit.reduce import AttentionStats, NextToken, Nucleus, Readout, Recorder, Tempered, vocab_tiles
 from probekit.reduce.vocab_rows import stream_readout
 from probekit.reduce.vocab_tiles import stream_readout_tiles
 
@@ -40,8 +40,10 @@ def read(stream: Any, **how: Any) -> dict[str, np.ndarray]:
     targets[-1] = -1
     layered = Recorder(Readout(7), Point("resid_post"), tuple(range(LAYERS)), (TOKENS,))
     final = Recorder(NextToken(5), Point("logits"), (0,), (TOKENS,))
-    stream(residuals, LAYERS - 1, targets, Unembed(), [layered], [final], **how)
-    parts = {"lens": layered.close((0,)), "final": final.close((0,))}
+    cut = Recorder(Nucleus(0.8), Point("logits"), (0,), (TOKENS,))  # reads whole rows on either path
+    warm = Recorder(Tempered(0.5, 3), Point("resid_post"), (1, 2), (TOKENS,))
+    stream(residuals, LAYERS - 1, targets, Unembed(), [layered, warm], [final, cut], **how)
+    parts = {"lens": layered.close((0,)), "final": final.close((0,)), "cut": cut.close((0,)), "warm": warm.close((0,))}
     return {f"{k} {name}": a.astype(float) for k, p in parts.items() for name, a in p.arrays.items()}
 
 

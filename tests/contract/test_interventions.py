@@ -1,174 +1,66 @@
-"""What every analysis that changes activations promises, on texts of the kind that it reads.
+"""What every analysis promises that changes activations, lets a model write or compares models, on texts of its kind.
 
-The counterpart of `test_analyses.py`, whose analyses read any text and look once. A new analysis with `intervenes`
-needs a row in `CASES`; a missing one fails.
+The counterpart of `test_analyses.py`, whose analyses read any text and look once. A new analysis with `intervenes`,
+`writes` or `roles` needs a row in `CASES` (`tests/intervention_cases.py`); a missing one fails. The further models of
+one with roles are the tiny model with changed weights, each role's its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same, run, tiny_model
+import torch
+from helpers import assert_same, copy_of, tiny_model, words_tokenizer
+from intervention_cases import CASES
 
 from probekit.analysis import Analysis, Finding, Result, analyses, get_analyses, load_result
-from probekit.core import AXES, Batch, InputError, TextError, TokenText
-from probekit.engine import Job, check_texts, first_plan
+from probekit.backends.transformers import TransformersModel
+from probekit.core import AXES, Batch, InputError, TextError
+from probekit.engine import Job, check_texts, first_plan, run_jobs
 from probekit.plots import Figure, TokenStrip, figure_json
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
-LENGTHS = (8, 6, 9, 7, 6)
-
-
-def _text(ids: Any) -> TokenText:
-    return TokenText(tuple(map(int, ids)), tuple(f" w{i}" for i in ids))
-
-
-def singles() -> Batch:
-    """Any texts."""
-    rng = np.random.default_rng(0)
-    return Batch(tuple(_text(rng.integers(3, 120, n)) for n in (*LENGTHS, 8)))
-
-
-def pairs() -> Batch:
-    """Clean and corrupted: equal but for one token and the answer at the end."""
-    rng = np.random.default_rng(0)
-    done = []
-    for n in LENGTHS:
-        clean = rng.integers(3, 120, n)
-        corrupted = clean.copy()
-        corrupted[[1, -1]] = (clean[[1, -1]] + rng.integers(1, 100, 2)) % 117 + 3
-        done += [_text(clean), _text(corrupted)]
-    return Batch(tuple(done))
-
-
-def contrasts() -> Batch:
-    """Five contrast pairs that part at their second token, then two neutral texts."""
-    neutral = singles()
-    return Batch((*pairs().texts, *neutral.texts[:2]))
-
-
-def domains() -> Batch:
-    """Texts of two domains."""
-    rng = np.random.default_rng(0)
-    texts = (_text(rng.integers(3, 120, n)) for n in (12, 10, 14, 11, 13, 12, 10, 15))
-    return Batch(tuple(dataclasses.replace(t, domain="ab"[i % 2]) for i, t in enumerate(texts)))
-
-
-@dataclass(frozen=True)
-class Case:
-    """How to run one analysis.
-
-    Args:
-        texts: makes texts of its kind.
-        params: parameters that suit a tiny model.
-        group: so many texts belong together and keep their order.
-        trailing: so many of the last texts stay where they are.
-        group_axis: the axis that runs over groups of texts, if there is one.
-        n_unit: what its intervals are over.
-        bad: texts that it refuses, with what the message says.
-        bounds: values of parameters that are tried beside the defaults.
-        by_text: whether all that depends on a text lies on the axes text and token, so that it moves with the text.
-    """
-
-    texts: Callable[[], Batch] = singles
-    params: dict[str, Any] = field(default_factory=dict)
-    group: int = 1
-    trailing: int = 0
-    group_axis: str = ""
-    n_unit: str = "texts"
-    bad: tuple[tuple[Callable[[Batch], Batch], str], ...] = ()
-    bounds: tuple[dict[str, Any], ...] = ()
-    by_text: bool = True
-
-
-CASES: dict[str, Case] = {
-    "activation-patching": Case(
-        pairs,
-        {"min_gap": 0.01},
-        group=2,
-        n_unit="pairs",
-        bad=(
-            (lambda batch: batch.select([0, 1, 2]), "found 3 texts"),
-            (lambda batch: batch.select([0, 3]), "have 8 and 6 tokens"),
-            (lambda batch: batch.select([0, 0]), "both end with the answer"),
-        ),
-        bounds=(
-            {"sites": "resid_pre"},
-            {"sites": "attn_out"},
-            {"sites": "mlp_out"},
-            {"sites": "z"},
-            {"direction": "noising"},
-            {"direction": "denoising"},
-            {"window": 9},
-            {"window": 3, "sites": "mlp_out"},
-            {"min_gap": 0.001},
-            {"attribution": False},
-        ),
-    ),
-    "dormant-heads": Case(
-        domains,
-        {"n_permutations": 199, "n_heads": 5},
-        bad=((lambda batch: Batch(batch.texts[:1] + singles().texts), "needs at least 9"),),
-        bounds=(
-            {"heads": "all"},
-            {"n_heads": 1},
-            {"removal": "first"},
-            {"dormant": 0.4, "active": 0.4},
-            {"dormant": 1, "active": 0},
-            {"first_query": 1},
-            {"n_permutations": 19},
-            {"alpha": 0.5},
-        ),
-    ),
-    "forking-paths": Case(
-        params={"answer_words": "w5,w9,w30", "max_tokens": 6, "n": 4, "most": 8, "p_min": 0.06},
-        n_unit="answers",
-        bounds=({"spacing": 3}, {"most": 4}, {"epsilon": 0.05}, {"answer_words": "", "answer_regex": r"w(\d)"}),
-        by_text=False,  # branches have an axis of their own
-    ),
-    "layer-ablation": Case(bounds=({"swap": False}, {"stride": 50}, {"count_first": True})),
-    "sink-anatomy": Case(
-        params={"horizon": 6, "tail": 1, "epsilon": 0.25, "min_magnitude": 0.0, "ratio": 4.0, "phases": 1},
-        bounds=(
-            {"phases": 0},
-            {"phases": 8, "ratio": 1.0},
-            {"top_k": 1, "tail": 0},
-            {"epsilon": 0.99},
-            {"ratio": 1e9, "loose_ratio": 1.0},
-        ),
-    ),
-    "steering": Case(
-        contrasts,
-        {"n_neutral": 2, "layers": "1", "doses": "0.5,1", "n_controls": 2},
-        group=2,
-        trailing=2,
-        group_axis="sample",
-        n_unit="pairs",
-        bad=(
-            (lambda batch: batch.select(range(11)), "an odd number"),
-            (lambda batch: batch.select([0, 1, 2, 3, 10, 11]), "2 contrast pairs"),
-            (lambda batch: batch.select([0, 0, *range(2, 12)]), "Texts 0 and 1, a contrast pair, are the same"),
-        ),
-        bounds=({"position": "mean"}, {"n_controls": 1}, {"layers": "", "doses": "1"}, {"n_neutral": 0}),
-    ),
-}
-NAMES = tuple(name for name, a in analyses().items() if a.intervenes or a.writes)
+NAMES = tuple(name for name, a in analyses().items() if a.intervenes or a.writes or a.roles)
 every_analysis = pytest.mark.parametrize("name", [n for n in NAMES if n in CASES])
 every_movable = pytest.mark.parametrize("name", [n for n in NAMES if n in CASES and CASES[n].by_text])
+every_comparison = pytest.mark.parametrize("name", [n for n in NAMES if n in CASES and analyses()[n].roles])
+
+
+@functools.cache
+def further_model(role: str) -> TransformersModel:
+    """The tiny model with the weights of its MLPs changed, in a way of each role's own."""
+    module = copy_of("llama-grouped")
+    generator = torch.Generator().manual_seed(len(role) + ord(role[0]))
+    with torch.no_grad():
+        for parameter_name, parameter in sorted(module.named_parameters()):
+            if "mlp" in parameter_name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return TransformersModel.from_loaded(module, words_tokenizer(), name=f"tiny-{role}").load()
+
+
+def further_models(name: str) -> dict[str, TransformersModel]:
+    """A model for each role of an analysis."""
+    return {role: further_model(role) for role in analyses()[name].roles}
 
 
 def result_of(name: str, batch: Batch | None = None, **values: Any) -> Result:
-    case = CASES[name]
+    case, analysis = CASES[name], analyses()[name]
+    job = Job(analysis, analysis.Params.parse({**case.params, **values}, name))
     model = tiny_model("llama-grouped").model
-    return run(name, model, batch or case.texts(), **{**case.params, **values})[name]
+    return run_jobs([job], model, batch or case.texts(), others=further_models(name))[name]
+
+
+@functools.cache
+def usual_result(name: str) -> Result:
+    """The result that several tests look at."""
+    return result_of(name)
 
 
 def _params(name: str) -> Any:
@@ -201,14 +93,14 @@ def test_plan_tells_about_how_many_passes_there_are(name: str) -> None:
     batch, info = CASES[name].texts(), tiny_model("llama-grouped").model.info
     job = Job(analyses()[name], _params(name))
     plan = first_plan([job], info, batch, memory_limit=1 << 30)[0]
-    made = sum(p["passes"] for p in result_of(name).provenance["plan"])
+    made = sum(p["passes"] for p in usual_result(name).provenance["plan"])
     assert plan.passes / 2 <= made <= plan.passes, (made, plan.passes)
     assert made == 1 or f"the first of about {plan.passes:,} passes" in str(plan)
 
 
 @every_analysis
 def test_result_is_as_declared_and_finite(name: str) -> None:
-    result = result_of(name)
+    result = usual_result(name)
     measures = result.analysis.measures
     assert list(result.dataset.data_vars) == list(measures)
     for variable, measure in measures.items():
@@ -225,12 +117,13 @@ def test_result_is_as_declared_and_finite(name: str) -> None:
 
 @every_analysis
 def test_same_again(name: str) -> None:
-    """Nothing is random that is not seeded, and the model is as it was."""
-    model = tiny_model("llama-grouped").model
-    before = model.weights_hash(fresh=True)
-    first, second = result_of(name), result_of(name)
+    """Nothing is random that is not seeded, and the models are as they were."""
+    models = [tiny_model("llama-grouped").model, *further_models(name).values()]
+    before = [model.weights_hash(fresh=True) for model in models]
+    first, second = usual_result(name), result_of(name)
     assert_same(first.dataset, second.dataset)
-    assert first.findings == second.findings and model.weights_hash(fresh=True) == before
+    assert first.findings == second.findings
+    assert [model.weights_hash(fresh=True) for model in models] == before
 
 
 @every_movable
@@ -283,7 +176,7 @@ def _same_findings(found: list[Finding], expected: list[Finding]) -> None:
 
 @every_analysis
 def test_saved_result_is_the_result_bit_for_bit(name: str, tmp_path: Path) -> None:
-    result = result_of(name)
+    result = usual_result(name)
     loaded = load_result(result.save(tmp_path / "r.zarr"))
     assert_same(loaded.dataset, result.dataset)
     assert (loaded.params, loaded.analysis) == (result.params, result.analysis)
@@ -325,10 +218,44 @@ def _check_figures(drawings: dict[str, Any], n_tokens: int) -> None:
 
 @every_analysis
 def test_findings_and_figures_carry_their_evidence(name: str) -> None:
-    result = result_of(name)
+    result = usual_result(name)
     _check_findings(name, result.findings)
     assert any(f.n_unit == CASES[name].n_unit for f in result.findings)
     _check_figures(result.figures(), result.dataset.sizes.get("token", 0))
+
+
+@every_comparison
+def test_every_role_has_a_part(name: str) -> None:
+    """A result says which models filled the roles; with another one in any of them it is another result."""
+    case, analysis, model = CASES[name], analyses()[name], tiny_model("llama-grouped").model
+    job, others = Job(analysis, _params(name)), further_models(name)
+    first = usual_result(name)
+    told = first.provenance["other models"]
+    assert {role: told[role]["model"]["name"] for role in told} == {role: f"tiny-{role}" for role in analysis.roles}
+    for role in analysis.roles:
+        second = run_jobs([job], model, case.texts(), others=others | {role: further_model("another")})[name]
+        assert not second.dataset.equals(first.dataset), role
+
+
+@every_comparison
+def test_a_missing_role_is_refused_before_anything_runs(name: str) -> None:
+    analysis, model, others = analyses()[name], tiny_model("llama-grouped").model, further_models(name)
+    for role in analysis.roles:
+        with pytest.raises(InputError, match=f"in the role '{role}'"):
+            given = {k: m for k, m in others.items() if k != role}
+            run_jobs([Job(analysis, _params(name))], model, CASES[name].texts(), others=given)
+
+
+@every_comparison
+def test_the_same_model_in_every_role_is_no_finding_against_its_null(name: str) -> None:
+    """Nothing lies farther from its null than the interval reaches, where there is nothing to find."""
+    model = tiny_model("llama-grouped").model
+    job = Job(analyses()[name], _params(name))
+    found = run_jobs([job], model, CASES[name].texts(), others=dict.fromkeys(analyses()[name].roles, model))[name]
+    _check_findings(name, found.findings)
+    for f in found.findings:
+        assert f.ci95 is None or f.ci95[0] <= f.null <= f.ci95[1], f
+    _check_figures(found.figures(), found.dataset.sizes.get("token", 0))
 
 
 def _bounds() -> list[Any]:

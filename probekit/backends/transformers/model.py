@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from probekit.backends.capture_pass import require_forward
-from probekit.backends.continuations import Done
+from probekit.backends.continuations import Done, There
 from probekit.backends.self_check import self_check
 from probekit.core import (
     Batch,
@@ -61,6 +61,7 @@ class TransformersModel:
         self._whole_config, self._config, self._loader = config, config.get_text_config(), loader
         self._name, self._revision = name, revision
         self.folder: Path | None = None  # where it was loaded from
+        self._weights_note = "raw (nothing folded or centred)"
         self._module: Any = None
         self._lock = threading.RLock()
         self._weights_hash: str | None = None
@@ -121,6 +122,18 @@ class TransformersModel:
         named = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         revision = getattr(model.config, "_commit_hash", None) or ""
         return cls(model.config, tokenizer, named, revision, lambda: model)
+
+    def changed(self, name: str, change: Callable[[Any], Any], note: str) -> Self:
+        """Another model of the same kind: the weights are loaded anew and changed before anything else sees them.
+
+        Args:
+            name: how it is called.
+            change: takes the loaded transformers model and returns the one to use.
+            note: what was changed, for the record.
+        """
+        model = type(self)(self._whole_config, self.tokenizer, name, self._revision, lambda: change(self._loader()))
+        model._weights_note = f"{self._weights_note}; {note}"
+        return model
 
     def load(self) -> Self:
         """Load the weights and check that what is captured is what the model computes.
@@ -209,7 +222,7 @@ class TransformersModel:
         return {
             "model": self.info.as_dict(),
             "weights_hash": self.weights_hash(),
-            "weights": "raw (nothing folded or centred)",
+            "weights": self._weights_note,
             "attention": f"{own}; where attention is captured, exact float32 {_kernel(own)} over blocks of queries",
             "tokenizer_hash": self._tokenizer_hash,
             "versions": versions,
@@ -297,10 +310,10 @@ class TransformersModel:
         with self._lock:
             return generate(self, batch, n_tokens, patches, temperature=temperature, seed=seed, cached=cached)
 
-    def branch(self, request: Branch, done: Done, *, memory_limit: int) -> None:
+    def branch(self, request: Branch, done: Done, *, memory_limit: int, there: There | None = None) -> None:
         """Write continuations of shared prefixes; see `branching.write_branches`."""
         with self._lock:
-            write_branches(self, request, done, memory_limit=memory_limit)
+            write_branches(self, request, done, memory_limit=memory_limit, there=there)
 
     @property
     def config(self) -> Any:
