@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from probekit.analysis import Result, Results, analyses, get_analyses
 from probekit.core import (
-    Batch,
     BosPolicy,
     Branch,
     Branches,
@@ -19,10 +17,11 @@ from probekit.core import (
     InputError,
     Model,
     Patch,
-    TextError,
     unknown,
 )
-from probekit.engine import Job, Plan, check_texts, first_plan, run_jobs
+from probekit.engine import Job, Plan, first_plan, run_jobs
+
+from probekit.batches import make_batch
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,19 +33,13 @@ def make_jobs(names: str | Iterable[str], params: dict[str, Any]) -> list[Job]:
     Args:
         names: names of analyses, or "all".
         params: a plain name sets the parameter of every chosen analysis that has it; the name of an
-            analysis (in snake_case or kebab-case) with a dictionary sets that analysis' own; `preset` names values
-            that go together, of the analyses that have them, and gives way to all others.
+            analysis (in snake_case or kebab-case) with a dictionary sets that analysis' own.
 
     Raises:
         UnknownName: an analysis or a parameter does not exist.
         InputError: a value of the wrong type or out of bounds.
     """
     chosen = get_analyses(names)
-    params = dict(params)
-    preset = params.pop("preset", None)
-    known_presets = {name for a in chosen for name in a.Params.presets}
-    if preset is not None and preset not in known_presets:
-        raise unknown(f"preset of {', '.join(a.name for a in chosen)}", str(preset), known_presets)
     own = {a.name: dict(params.get(a.name) or params.get(a.name.replace("-", "_")) or {}) for a in chosen}
     shared = {k: v for k, v in params.items() if k.replace("_", "-") not in own}
     known = {name for a in chosen for name in a.Params.specs()}
@@ -56,120 +49,8 @@ def make_jobs(names: str | Iterable[str], params: dict[str, Any]) -> list[Job]:
     jobs = []
     for analysis in chosen:
         fitting = {k: v for k, v in shared.items() if k in analysis.Params.specs()}
-        values = {**analysis.Params.presets.get(preset or "", {}), **fitting, **own[analysis.name]}
-        jobs.append(Job(analysis, analysis.Params.parse(values, analysis.name)))
+        jobs.append(Job(analysis, analysis.Params.parse(fitting | own[analysis.name], analysis.name)))
     return jobs
-
-
-def make_batch(
-    model: Model, jobs: Sequence[Job], texts: Any, bos: BosPolicy, window: int | None, chat: Chat = False
-) -> Batch:
-    """The exact tokens that will run, checked against what the analyses and the model need.
-
-    Raises:
-        TextError: a text is empty, too short for an analysis or too long for the model.
-        CapabilityError: a chat was asked for, and the model has no tokenizer that could make one.
-    """
-    if texts is None and jobs and not any(job.analysis.reads_texts for job in jobs):
-        return Batch(())
-    domains: list[str] = []
-    answers: list[str] = []
-    if isinstance(texts, Mapping) and "text" not in texts:
-        domains, texts = _flatten(texts)
-    elif isinstance(texts, Mapping) or _has_records(texts):
-        domains, answers, texts = _records([texts] if isinstance(texts, Mapping) else texts)
-    if isinstance(texts, Batch):
-        if chat is not False:
-            raise InputError("chat applies to texts; these are tokenised already. Give chat to model.tokenize.")
-        batch = texts
-    else:
-        if not isinstance(texts, (str, Sequence)):
-            raise InputError(
-                f"texts must be a string or a list of strings, or a dictionary of such lists by domain; found "
-                f"{type(texts).__name__}."
-            )
-        if chat is False:
-            batch = model.tokenize([texts] if isinstance(texts, str) else list(texts), bos)
-        else:
-            batch = _tokenize_chats(model, texts, bos, chat)
-        if domains:
-            named = tuple(replace(t, domain=d) for t, d in zip(batch, domains, strict=True))
-            batch = replace(batch, texts=named)
-        if any(answers):
-            said = tuple(replace(t, answer=a) for t, a in zip(batch, answers, strict=True))
-            batch = replace(batch, texts=said)
-    if window is not None:
-        if window < 2:
-            raise InputError(f"window must be at least 2 tokens, found {window}.")
-        longest = max(batch.lengths)
-        batch = batch.windows(window)
-        if not len(batch):
-            raise TextError(f"No text fills a window of {window} tokens; the longest has {longest}.")
-    check_texts(jobs, batch, model.info.context_length)
-    return batch
-
-
-def _flatten(texts: Mapping[Any, Any]) -> tuple[list[str], list[Any]]:
-    """The domain of each text, and the texts, of a dictionary of texts by domain."""
-    if {"role", "content"} <= set(texts):
-        raise InputError("Found one chat message as texts; give a list of messages, or texts by domain.")
-    domains, flat = [], []
-    for domain, some in texts.items():
-        if not isinstance(domain, str) or not domain:
-            raise InputError(f"A dictionary of texts has the names of their domains as keys; found {domain!r}.")
-        listed = [some] if isinstance(some, str) else some
-        if not isinstance(listed, Sequence) or not len(listed):
-            raise InputError(f"The domain {domain!r} holds {some!r}; expected a text or a list of texts.")
-        if all(isinstance(message, Mapping) for message in listed):
-            listed = [listed]  # one chat
-        domains += [domain] * len(listed)
-        flat += list(listed)
-    if not flat:
-        raise TextError("No text was given.")
-    return domains, flat
-
-
-def _has_records(texts: Any) -> bool:
-    return isinstance(texts, Sequence) and any(isinstance(t, Mapping) and "text" in t for t in texts)
-
-
-def _records(texts: Sequence[Any]) -> tuple[list[str], list[str], list[Any]]:
-    """Domain and right answer of each text, and the texts, of a list of records and plain texts."""
-    domains, answers, flat = [], [], []
-    for i, one in enumerate(texts):
-        record = one if isinstance(one, Mapping) and "text" in one else {"text": one}
-        strange = sorted(set(record) - {"text", "domain", "answer"})
-        domain, answer = record.get("domain") or "", record.get("answer", "")
-        if (
-            strange
-            or not isinstance(domain, str)
-            or isinstance(answer, bool)
-            or not isinstance(answer, (str, int, float))
-        ):
-            raise InputError(
-                f"Text {i} is a record with {', '.join(f'{k}={v!r}' for k, v in record.items() if k != 'text')}; expected "
-                "a text, and a domain and an answer (a string or a number) if wanted."
-            )
-        domains.append(domain)
-        answers.append(str(answer))
-        flat.append(record["text"])
-    if any(domains) and not all(domains):
-        raise InputError(
-            f"Text {domains.index('')} names no domain and others do ({', '.join(dict.fromkeys(filter(None, domains)))}). "
-            "Give all of them one."
-        )
-    return domains if any(domains) else [], answers, flat
-
-
-def _tokenize_chats(model: Any, texts: Any, bos: BosPolicy, chat: Chat) -> Batch:
-    if model.info.kind != "decoder" or not hasattr(getattr(model, "native", model), "tokenizer"):
-        raise CapabilityError(
-            f"{model.info.name!r} ({type(model).__name__}) has no chat template; open a decoder that was trained on "
-            "chats, such as 'smollm2-135m-instruct', or leave chat out."
-        )
-    one = isinstance(texts, str) or (len(texts) > 0 and all(isinstance(message, Mapping) for message in texts))
-    batch: Batch = model.tokenize([texts] if one else list(texts), bos, chat)
-    return batch
 
 
 def _open(model: Any) -> Model:
@@ -179,13 +60,13 @@ def _open(model: Any) -> Model:
 
 
 @overload
-def run(names: str, model: Any, texts: Any = None, **params: Any) -> Result: ...
+def run(names: str, model: Any, texts: Any, **params: Any) -> Result: ...
 @overload
-def run(names: Sequence[str], model: Any, texts: Any = None, **params: Any) -> Results: ...
+def run(names: Sequence[str], model: Any, texts: Any, **params: Any) -> Results: ...
 def run(
     names: str | Sequence[str],
     model: Any,
-    texts: Any = None,
+    texts: Any,
     *,
     bos: BosPolicy = "model",
     chat: Chat = False,
@@ -240,7 +121,7 @@ def run(
 def plan(
     names: str | Sequence[str],
     model: Any,
-    texts: Any = None,
+    texts: Any,
     *,
     bos: BosPolicy = "model",
     chat: Chat = False,

@@ -256,6 +256,7 @@ def _execute(
 ) -> None:
     """Check everything that can be checked, in the order of what it costs; then run and write."""
     from probekit import api
+    from probekit.batches import make_batch
     from probekit.models import default_model, open_model
     from probekit.reporting import check_writable
 
@@ -278,7 +279,7 @@ def _execute(
     }
     opened = open_model(spec or default_model(), lazy=True, **(how or {}))
     if only_plan:
-        for line in _about_tokens(api.make_batch(opened, api.make_jobs(names, params), texts, bos, window, chat)):
+        for line in _about_tokens(make_batch(opened, api.make_jobs(names, params), texts, bos, window, chat)):
             click.echo(line)
         for plan in api.plan(names, opened, texts, **common, **params):
             click.echo(str(plan))

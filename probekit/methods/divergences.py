@@ -69,7 +69,7 @@ def nucleus(log_p: np.ndarray, top_p: float) -> np.ndarray:
     ranked = np.take_along_axis(log_p, order, axis=-1)
     share = np.exp(ranked)
     before = share.cumsum(axis=-1) - share
-    ranked = np.where(before + share < top_p - _TIE, ranked, -np.inf)
+    ranked = np.where(before < top_p - _TIE, ranked, -np.inf)
     cut = np.empty_like(log_p)
     np.put_along_axis(cut, order, ranked, axis=-1)
     held = np.exp(cut).sum(axis=-1, keepdims=True)

@@ -158,7 +158,7 @@ def _opened(model: Any) -> TransformersModel:
 
 
 def _asked(model: Any, prompts: Any, bos: BosPolicy, chat: Chat) -> Batch:
-    from probekit.api import make_batch
+    from probekit.batches import make_batch
 
     batch = make_batch(model, (), prompts, bos, None, chat)
     silent = [i for i, text in enumerate(batch) if not text.answer]

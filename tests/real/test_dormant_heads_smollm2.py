@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probekit.api import make_batch, run
+from probekit.api import run
+from probekit.batches import make_batch
 from probekit.core import Batch
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("threads")]

@@ -10,7 +10,7 @@ import pytest
 from helpers import tiny_model
 
 import probekit as pk
-from probekit.api import make_batch
+from probekit.batches import make_batch
 from probekit.cli import _texts
 from probekit.core import Batch, InputError, TokenText
 from probekit.engine import run_pass

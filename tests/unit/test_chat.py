@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from helpers import scripted, texts_of, tiny_model, words_tokenizer
 
 import probekit as pk
-from probekit.api import make_batch
+from probekit.batches import make_batch
 from probekit.backends.transformers import TransformersModel
 from probekit.backends.transformers.tokens import tokenize
 from probekit.cli import cli

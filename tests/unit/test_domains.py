@@ -11,7 +11,7 @@ import pytest
 from helpers import tiny_model
 
 import probekit as pk
-from probekit.api import make_batch
+from probekit.batches import make_batch
 from probekit.cli import _texts
 from probekit.core import Batch, InputError, TextError, TokenText, token_coords
 from probekit.engine import load_trace, run_pass, save_trace
