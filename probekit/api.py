@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from probekit.analysis import Result, Results, analyses, get_analyses
+from probekit.batches import make_batch
 from probekit.core import (
     BosPolicy,
     Branch,
@@ -20,8 +21,6 @@ from probekit.core import (
     unknown,
 )
 from probekit.engine import Job, Plan, first_plan, run_jobs
-
-from probekit.batches import make_batch
 
 if TYPE_CHECKING:
     import xarray as xr

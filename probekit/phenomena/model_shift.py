@@ -208,7 +208,7 @@ def _distributions(base: Base) -> Generator[Request, Any, tuple[np.ndarray, np.n
     """Log-probabilities of the base and of the model where each token of the answer was drawn; axes token, vocab."""
     rows = slice(base.n_prompt - 1, -1)
     found = []
-    for role in (MODEL, BASE):
+    for role in (BASE, MODEL):
         logits = yield from logits_of(base.ids, role, "both models along answers")
         found.append(log_softmax(logits[rows]))
     return found[0], found[1]

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from helpers import scripted, texts_of, tiny_model, words_tokenizer
 
 import probekit as pk
-from probekit.batches import make_batch
 from probekit.backends.transformers import TransformersModel
 from probekit.backends.transformers.tokens import tokenize
+from probekit.batches import make_batch
 from probekit.cli import cli
 from probekit.core import CapabilityError, InputError, TextError
 from probekit.texts import read_texts
