@@ -32,13 +32,19 @@ def make_jobs(names: str | Iterable[str], params: dict[str, Any]) -> list[Job]:
     Args:
         names: names of analyses, or "all".
         params: a plain name sets the parameter of every chosen analysis that has it; the name of an
-            analysis (in snake_case or kebab-case) with a dictionary sets that analysis' own.
+            analysis (in snake_case or kebab-case) with a dictionary sets that analysis' own; `preset` names values
+            that go together, of the analyses that have them, and gives way to all others.
 
     Raises:
         UnknownName: an analysis or a parameter does not exist.
         InputError: a value of the wrong type or out of bounds.
     """
     chosen = get_analyses(names)
+    params = dict(params)
+    preset = params.pop("preset", None)
+    known_presets = {name for a in chosen for name in a.Params.presets}
+    if preset is not None and preset not in known_presets:
+        raise unknown(f"preset of {', '.join(a.name for a in chosen)}", str(preset), known_presets)
     own = {a.name: dict(params.get(a.name) or params.get(a.name.replace("-", "_")) or {}) for a in chosen}
     shared = {k: v for k, v in params.items() if k.replace("_", "-") not in own}
     known = {name for a in chosen for name in a.Params.specs()}
@@ -48,7 +54,8 @@ def make_jobs(names: str | Iterable[str], params: dict[str, Any]) -> list[Job]:
     jobs = []
     for analysis in chosen:
         fitting = {k: v for k, v in shared.items() if k in analysis.Params.specs()}
-        jobs.append(Job(analysis, analysis.Params.parse(fitting | own[analysis.name], analysis.name)))
+        values = {**analysis.Params.presets.get(preset or "", {}), **fitting, **own[analysis.name]}
+        jobs.append(Job(analysis, analysis.Params.parse(values, analysis.name)))
     return jobs
 
 
@@ -59,13 +66,13 @@ def _open(model: Any) -> Model:
 
 
 @overload
-def run(names: str, model: Any, texts: Any, **params: Any) -> Result: ...
+def run(names: str, model: Any, texts: Any = None, **params: Any) -> Result: ...
 @overload
-def run(names: Sequence[str], model: Any, texts: Any, **params: Any) -> Results: ...
+def run(names: Sequence[str], model: Any, texts: Any = None, **params: Any) -> Results: ...
 def run(
     names: str | Sequence[str],
     model: Any,
-    texts: Any,
+    texts: Any = None,
     *,
     bos: BosPolicy = "model",
     chat: Chat = False,
@@ -120,7 +127,7 @@ def run(
 def plan(
     names: str | Sequence[str],
     model: Any,
-    texts: Any,
+    texts: Any = None,
     *,
     bos: BosPolicy = "model",
     chat: Chat = False,
