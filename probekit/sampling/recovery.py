@@ -108,7 +108,7 @@ def expected_answers(desk: Desk, prompts: Batch, outcome: Outcome, n: int) -> Ge
     given = [(outcome.read(text.answer) or text.answer) if text.answer else None for text in prompts]
     if all(given):
         return given
-    further = replace(desk, sampling=replace(desk.sampling, seed=desk.sampling.seed))
+    further = replace(desk, sampling=replace(desk.sampling, seed=desk.sampling.seed + 1))
     answers = yield from further.answers(n, MODEL)
     said = yield from further.said(answers, outcome)
     for i, known in enumerate(given):

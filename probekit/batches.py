@@ -1,0 +1,119 @@
+"""From what a user gives as texts to the exact tokens that will run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from probekit.core import Batch, BosPolicy, CapabilityError, Chat, InputError, Model, TextError
+from probekit.engine import Job, check_texts
+
+
+def make_batch(
+    model: Model, jobs: Sequence[Job], texts: Any, bos: BosPolicy, window: int | None, chat: Chat = False
+) -> Batch:
+    """The exact tokens that will run, checked against what the analyses and the model need.
+
+    Raises:
+        TextError: a text is empty, too short for an analysis or too long for the model.
+        CapabilityError: a chat was asked for, and the model has no tokenizer that could make one.
+    """
+    domains: list[str] = []
+    answers: list[str] = []
+    if isinstance(texts, Mapping) and "text" not in texts:
+        domains, texts = _flatten(texts)
+    elif isinstance(texts, Mapping) or _has_records(texts):
+        domains, answers, texts = _records([texts] if isinstance(texts, Mapping) else texts)
+    if isinstance(texts, Batch):
+        if chat is not False:
+            raise InputError("chat applies to texts; these are tokenised already. Give chat to model.tokenize.")
+        batch = texts
+    else:
+        if not isinstance(texts, (str, Sequence)):
+            raise InputError(
+                f"texts must be a string or a list of strings, or a dictionary of such lists by domain; found "
+                f"{type(texts).__name__}."
+            )
+        if chat is False:
+            batch = model.tokenize([texts] if isinstance(texts, str) else list(texts), bos)
+        else:
+            batch = _tokenize_chats(model, texts, bos, chat)
+        if domains:
+            named = tuple(replace(t, domain=d) for t, d in zip(batch, domains, strict=True))
+            batch = replace(batch, texts=named)
+        if any(answers):
+            said = tuple(replace(t, answer=a) for t, a in zip(batch, answers, strict=True))
+            batch = replace(batch, texts=said)
+    if window is not None:
+        if window < 2:
+            raise InputError(f"window must be at least 2 tokens, found {window}.")
+        longest = max(batch.lengths)
+        batch = batch.windows(window)
+        if not len(batch):
+            raise TextError(f"No text fills a window of {window} tokens; the longest has {longest}.")
+    check_texts(jobs, batch, model.info.context_length)
+    return batch
+
+
+def _flatten(texts: Mapping[Any, Any]) -> tuple[list[str], list[Any]]:
+    """The domain of each text, and the texts, of a dictionary of texts by domain."""
+    if {"role", "content"} <= set(texts):
+        raise InputError("Found one chat message as texts; give a list of messages, or texts by domain.")
+    domains, flat = [], []
+    for domain, some in texts.items():
+        if not isinstance(domain, str) or not domain:
+            raise InputError(f"A dictionary of texts has the names of their domains as keys; found {domain!r}.")
+        listed = [some] if isinstance(some, str) else some
+        if not isinstance(listed, Sequence) or not len(listed):
+            raise InputError(f"The domain {domain!r} holds {some!r}; expected a text or a list of texts.")
+        if all(isinstance(message, Mapping) for message in listed):
+            listed = [listed]  # one chat
+        domains += [domain] * len(listed)
+        flat += list(listed)
+    if not flat:
+        raise TextError("No text was given.")
+    return domains, flat
+
+
+def _has_records(texts: Any) -> bool:
+    return isinstance(texts, Sequence) and any(isinstance(t, Mapping) and "text" in t for t in texts)
+
+
+def _records(texts: Sequence[Any]) -> tuple[list[str], list[str], list[Any]]:
+    """Domain and right answer of each text, and the texts, of a list of records and plain texts."""
+    domains, answers, flat = [], [], []
+    for i, one in enumerate(texts):
+        record = one if isinstance(one, Mapping) and "text" in one else {"text": one}
+        strange = sorted(set(record) - {"text", "domain", "answer"})
+        domain, answer = record.get("domain") or "", record.get("answer", "")
+        if (
+            strange
+            or not isinstance(domain, str)
+            or isinstance(answer, bool)
+            or not isinstance(answer, (str, int, float))
+        ):
+            raise InputError(
+                f"Text {i} is a record with {', '.join(f'{k}={v!r}' for k, v in record.items() if k != 'text')}; expected "
+                "a text, and a domain and an answer (a string or a number) if wanted."
+            )
+        domains.append(domain)
+        answers.append(str(answer))
+        flat.append(record["text"])
+    if any(domains) and not all(domains):
+        raise InputError(
+            f"Text {domains.index('')} names no domain and others do ({', '.join(dict.fromkeys(filter(None, domains)))}). "
+            "Give all of them one."
+        )
+    return domains if any(domains) else [], answers, flat
+
+
+def _tokenize_chats(model: Any, texts: Any, bos: BosPolicy, chat: Chat) -> Batch:
+    if model.info.kind != "decoder" or not hasattr(getattr(model, "native", model), "tokenizer"):
+        raise CapabilityError(
+            f"{model.info.name!r} ({type(model).__name__}) has no chat template; open a decoder that was trained on "
+            "chats, such as 'smollm2-135m-instruct', or leave chat out."
+        )
+    one = isinstance(texts, str) or (len(texts) > 0 and all(isinstance(message, Mapping) for message in texts))
+    batch: Batch = model.tokenize([texts] if one else list(texts), bos, chat)
+    return batch
