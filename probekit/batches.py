@@ -19,6 +19,8 @@ def make_batch(
         TextError: a text is empty, too short for an analysis or too long for the model.
         CapabilityError: a chat was asked for, and the model has no tokenizer that could make one.
     """
+    if texts is None and jobs and not any(job.analysis.reads_texts for job in jobs):
+        return Batch(())
     domains: list[str] = []
     answers: list[str] = []
     if isinstance(texts, Mapping) and "text" not in texts:

@@ -111,6 +111,11 @@ class Analysis:
         raise NotImplementedError(f"{type(self).__name__} must define draw")
 
     @classmethod
+    def only_looks(cls) -> bool:
+        """Whether it does no more than look at the run's texts in one model, and so is part of "all"."""
+        return cls.reads_texts and not (cls.intervenes or cls.writes or cls.roles)
+
+    @classmethod
     def section(cls, heading: str) -> str:
         """The paragraph of the class docstring under `heading`, "" if there is none."""
         lines = inspect.cleandoc(cls.__doc__ or "").splitlines()

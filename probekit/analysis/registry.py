@@ -77,7 +77,7 @@ def get_analyses(names: str | Iterable[str]) -> list[Analysis]:
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted:
         raise InputError(f"No analysis was named. Known: {', '.join(analyses())}; or 'all'.")
-    looking = [n for n, a in analyses().items() if a.reads_texts and not (a.intervenes or a.writes or a.roles)]
+    looking = [n for n, a in analyses().items() if a.only_looks()]
     expanded = [n for name in wanted for n in (looking if name == "all" else [name])]
     return [get_analysis(n) for n in dict.fromkeys(expanded)]
 

@@ -22,7 +22,7 @@ from probekit.reduce import vocab_rows
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
-NAMES = tuple(name for name, a in analyses().items() if not (a.intervenes or a.writes))  # others: test_interventions.py
+NAMES = tuple(name for name, a in analyses().items() if a.only_looks())  # others: test_interventions.py
 SHORT: dict[str, Any] = {"horizon": 16}  # the tests' texts are short
 # Whole numbers above 100 count tokens and are tried at 64, which the texts here have; no upper bound is tried as 1e6.
 MANY, SOME, UNBOUNDED = 100, 64, 1e6

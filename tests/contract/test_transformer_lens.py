@@ -319,7 +319,7 @@ def test_ways_in(tiny_llama: Tiny) -> None:
     with pytest.raises(InputError, match="leave backend out"):
         probekit.open_model(lazy.to_transformer_lens(), backend="nnsight")
     with pytest.raises(CapabilityError, match="cannot serve Embed"):
-        lazy.execute(Embed(), SMALL)
+        lazy.execute(Embed(("a",)), SMALL)
     with pytest.raises(InputError, match="Layer 9 of 'resid_post' is outside this model: it has 3 layers"):
         lazy.execute(Forward((Capture("resid_post.9", Norm()),)), SMALL)
 

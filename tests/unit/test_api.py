@@ -21,7 +21,7 @@ def test_one_name_gives_a_result_and_several_give_results_by_name(tiny_folder: P
     one = pk.run("logit-lens", model, TEXT, progress=False)
     several = pk.run(["logit-lens", "attention-sinks"], model, [TEXT, TEXT], progress=False)
     assert isinstance(one, pk.Result) and list(several) == ["logit-lens", "attention-sinks"]
-    looking = [name for name, analysis in analyses().items() if not (analysis.intervenes or analysis.writes)]
+    looking = [name for name, analysis in analyses().items() if analysis.only_looks()]
     assert list(pk.run("all", model, TEXT, progress=False)) == looking
     half = several["logit-lens"].dataset.isel(token=several["logit-lens"]["text"].values == 0)
     np.testing.assert_allclose(half["entropy_nats"], one["entropy_nats"], atol=1e-5)

@@ -70,7 +70,7 @@ def test_run_writes_the_four_files_and_says_what_it_found(run: tuple[Path, Resul
     assert manifest["texts"]["bos"] == "model"
     findings = json.loads((out / "findings.json").read_text())
     assert all({"claim", "value", "unit", "null", "ci95", "n", "analysis"} <= set(f) for f in findings)
-    assert {f["analysis"] for f in findings} == {n for n, a in analyses().items() if not (a.intervenes or a.writes)}
+    assert {f["analysis"] for f in findings} == {n for n, a in analyses().items() if a.only_looks()}
 
 
 def test_results_load_again_by_name(run: tuple[Path, Result]) -> None:

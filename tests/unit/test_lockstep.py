@@ -27,7 +27,7 @@ def test_patches_and_roles_need_passes_of_their_own() -> None:
 
 def test_other_requests_are_refused() -> None:
     with pytest.raises(InputError, match="found Embed"):
-        union([Embed()])
+        union([Embed(("a",))])
 
 
 def _flows(log: list[str]) -> dict[str, Any]:

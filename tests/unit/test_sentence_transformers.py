@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from probekit import catalog
-from probekit.core import CapabilityError, Embed, Forward, InputError, TextError
+from probekit.core import CapabilityError, Forward, InputError, TextError
 from probekit.models import open_model
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def test_a_text_embeds_the_same_alone_and_in_company(model: SentenceTransformers
 
 
 def test_raw_length_is_kept_on_request(model: SentenceTransformersModel) -> None:
-    batch = model.tokenize(TEXTS)
-    raw = model.execute(Embed(normalise=False), batch)
+    raw = model.embed_texts(TEXTS, normalise=False).values
     length = np.linalg.norm(raw, axis=1, keepdims=True)
     assert (abs(length - 1) > 0.1).all()
     np.testing.assert_allclose(raw / length, model.embed(TEXTS), atol=1e-6)

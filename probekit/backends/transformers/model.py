@@ -40,10 +40,11 @@ from .architectures import Architecture, architecture_of
 from .branching import write_branches
 from .forward_pass import evaluating, run_pass
 from .generation import generate
+from .native_unembed import NativeUnembed
 from .relu_attention import RELU
 from .tokens import token_strings, tokenize, tokenizer_hash
 from .vocabulary import ids_of, vocabulary_table, vocabulary_weights
-from .weights import devices_of, hash_of, input_device, is_quantised, output_gram, state_of, unembedding
+from .weights import devices_of, hash_of, input_device, is_quantised, output_gram, state_of
 
 _D_MLP = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # first that is set; else 4 · d_model
 
@@ -316,11 +317,6 @@ class TransformersModel:
             write_branches(self, request, done, memory_limit=memory_limit, there=there)
 
     @property
-    def config(self) -> Any:
-        """The configuration as transformers reads it."""
-        return self._whole_config
-
-    @property
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
         return self._module is not None
@@ -379,37 +375,3 @@ class TransformersModel:
 
 def _kernel(own: str) -> str:
     return "ReLU" if own == RELU else "softmax"
-
-
-class NativeUnembed:
-    """Final norm and unembedding of a transformers model, past other people's hooks."""
-
-    def __init__(self, model: TransformersModel) -> None:
-        self.weight, self.bias = unembedding(model.module.get_output_embeddings())
-        self._norm = model.part(model.architecture.final_norm)
-        row, config = model.architecture, model._config
-        self._divisor, self._multiplier, self._softcap = (
-            None if name is None else getattr(config, name)
-            for name in (row.logit_divisor, row.logit_multiplier, row.logit_softcap)
-        )
-
-    def norm(self, rows: Tensor) -> Tensor:
-        """The final norm; on the unembedding's device, also where the norm lives on another one."""
-        return self._norm.forward(rows).to(self.weight.device)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """What the family does after the unembedding: scaling and soft-capping, entry by entry.
-
-        In place where no gradient is wanted.
-        """
-        if torch.is_grad_enabled():
-            logits = logits.clone()
-        if self._divisor is not None:
-            logits = logits.div_(self._divisor)
-        if self._multiplier is not None:
-            logits = logits.mul_(self._multiplier)
-        if self._softcap is not None:
-            logits = logits.div_(self._softcap).tanh_()
-            # tanh remembers its result for the gradient, so that must not be overwritten.
-            logits = logits * self._softcap if torch.is_grad_enabled() else logits.mul_(self._softcap)
-        return logits

@@ -101,7 +101,7 @@ def _from_files(model: TransformersModel) -> VocabularyWeights | None:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     rows, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
-    if rows is None or head is None or getattr(model.config, "quantization_config", None) is not None:
+    if rows is None or head is None or getattr(model._whole_config, "quantization_config", None) is not None:
         return None
     tied = bool(skeleton.config.get_text_config().tie_word_embeddings)
     try:
