@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from .api import report as report
     from .api import result_of as result_of
     from .api import run as run
+    from .cards import TokenCard as TokenCard
+    from .cards import TokenCards as TokenCards
+    from .cards import token_card as token_card
     from .core import Add as Add
     from .core import Base as Base
     from .core import Branch as Branch
@@ -83,6 +86,8 @@ _WHERE = {
     "Results": "analysis",
     "Sampling": "core",
     "Scale": "core",
+    "TokenCard": "cards",
+    "TokenCards": "cards",
     "branch": "api",
     "cache": "activation_cache",
     "demo_texts": "demo",
@@ -98,6 +103,7 @@ _WHERE = {
     "report": "api",
     "result_of": "api",
     "run": "api",
+    "token_card": "cards",
     "tune_pair": "tuning",
 }
 _MODULES = ("plots", "reduce", "sampling", "stats", "toys")

@@ -114,9 +114,10 @@ def run(
     opened = _open(model)
     batch = make_batch(opened, jobs, texts, bos, window, chat)
     others = {role: _open(other) for role, other in (models or {}).items()}
-    for one in (opened, *others.values()):
-        if hasattr(one, "load"):
-            one.load()
+    if any(job.analysis.runs_model(job.params) for job in jobs):
+        for one in (opened, *others.values()):
+            if hasattr(one, "load"):
+                one.load()
     corpus = {} if window is None else {"window": window}
     results = run_jobs(
         jobs, opened, batch, memory_limit=memory_limit, progress=progress, corpus=corpus, journal=journal, others=others

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from probekit.core import Batch, BosPolicy, CapabilityError, Chat, InputError, Model, TextError
+from probekit.core import Batch, BosPolicy, CapabilityError, Chat, InputError, Model, TextError, TokenText
 from probekit.engine import Job, check_texts
 
 
@@ -19,7 +19,8 @@ def make_batch(
         TextError: a text is empty, too short for an analysis or too long for the model.
         CapabilityError: a chat was asked for, and the model has no tokenizer that could make one.
     """
-    if texts is None and jobs and not any(job.analysis.reads_texts for job in jobs):
+    unread = bool(jobs) and not any(job.analysis.reads_texts for job in jobs)
+    if texts is None and unread:
         return Batch(())
     domains: list[str] = []
     answers: list[str] = []
@@ -37,7 +38,9 @@ def make_batch(
                 f"texts must be a string or a list of strings, or a dictionary of such lists by domain; found "
                 f"{type(texts).__name__}."
             )
-        if chat is False:
+        if unread and model.info.kind == "encoder" and chat is False:
+            batch = _as_strings([texts] if isinstance(texts, str) else texts)
+        elif chat is False:
             batch = model.tokenize([texts] if isinstance(texts, str) else list(texts), bos)
         else:
             batch = _tokenize_chats(model, texts, bos, chat)
@@ -56,6 +59,14 @@ def make_batch(
             raise TextError(f"No text fills a window of {window} tokens; the longest has {longest}.")
     check_texts(jobs, batch, model.info.context_length)
     return batch
+
+
+def _as_strings(texts: Sequence[Any]) -> Batch:
+    """Sentences that an analysis embeds in its own way: not tokenised here, and of any length."""
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise TextError(f"Text {i} is {text!r}; expected a string with at least one visible character.")
+    return Batch(tuple(TokenText((), (), text=text) for text in texts))
 
 
 def _flatten(texts: Mapping[Any, Any]) -> tuple[list[str], list[Any]]:

@@ -1,4 +1,4 @@
-"""The command line: demo, list, models, run, tune-pair."""
+"""The command line: demo, list, models, run, token, tune-pair."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from probekit import __version__
-from probekit.analysis import Analysis, ParamSpec, analyses, load_file, strongest
+from probekit.analysis import Analysis, ParamSpec, analyses, get_analyses, load_file, strongest
 from probekit.core import Batch, Chat, InputError, ProbekitError
+from probekit.token_command import token_command
 
 DEMO_FOLDER = Path("reports/demo")
 _SHOWN_TEXTS, _SHOWN_TOKENS = 3, 24
+_PARTS = "similarities.jsonl"  # journal of analyses that embed
 _OWN, _ALL = "own__", "all__"  # prefixes of click's names for the flags of one analysis and of all
 
 
@@ -156,7 +158,7 @@ def models_command() -> None:
     "--texts",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A .txt file (one text) or .jsonl file, whose lines may name a domain and an answer.",
+    help="A .txt file (one text), .jsonl file, whose lines may name a domain and an answer, or .csv file of pairs.",
 )
 @click.option("--chat", is_flag=True, help="Make each text (or JSON list of messages) a turn in the chat template.")
 @click.option("--system", help="System message of the chats; implies --chat.")
@@ -196,7 +198,8 @@ def run_command(
     """
     how = {"backend": backend, "dtype": dtype, "device_map": _device_map(device_map)}
     turns = chat if system is None else system
-    found = _texts(text, texts, chats=turns is not False)
+    needed = any(a.reads_texts for a in get_analyses(names))
+    found = _texts(text, texts, chats=turns is not False) if needed or text or texts else None
     if preset is not None:
         parameters["preset"] = preset
     _execute(names, model, found, out, only_plan, bos, window, memory_gib, gather(parameters), how, turns, _roles(role))
@@ -243,7 +246,7 @@ def _texts(given: Sequence[str], files: Sequence[Path], *, chats: bool = False) 
 def _execute(
     names: Sequence[str],
     spec: str | None,
-    texts: list[Any] | dict[str, list[str]],
+    texts: list[Any] | dict[str, list[str]] | None,
     out: Path | None,
     only_plan: bool,
     bos: Any,
@@ -267,7 +270,7 @@ def _execute(
         raise InputError("Say where the report goes with --out DIR, or ask for --plan.")
     if out is not None:
         check_writable(out)
-    listed = [t for some in texts.values() for t in some] if isinstance(texts, dict) else texts
+    listed = [t for some in texts.values() for t in some] if isinstance(texts, dict) else texts or []
     for i, text in enumerate(listed):
         if not (text["text"] if isinstance(text, dict) else text).strip():
             raise InputError(f"Text {i} is empty. Every text needs at least one visible character.")
@@ -285,7 +288,7 @@ def _execute(
             click.echo(str(plan))
         return
     assert out is not None
-    journal = out / "continuations.jsonl" if any(job.analysis.writes for job in jobs) else None
+    journal = _journal_of(out, [job.analysis for job in jobs])
     try:
         results = api.run(list(names), opened, texts, journal=journal, models=roles, **common, **params)
     except KeyboardInterrupt:
@@ -350,9 +353,16 @@ def tune_pair_command(
         click.echo(f"{side:<9} {run['examples']:,} answers, {losses}: {path}")
 
 
+def _journal_of(out: Path, chosen: Sequence[Analysis]) -> Path | None:
+    if any(a.writes for a in chosen):
+        return out / "continuations.jsonl"
+    return out / _PARTS if any(not a.reads_texts for a in chosen) else None
+
+
 def _kept(journal: Path) -> str:
     n = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
-    return f"{n:,} continuations are kept in {journal}; the same command goes on from there."
+    what = "parts of the work" if journal.name == _PARTS else "continuations"
+    return f"{n:,} {what} are kept in {journal}; the same command goes on from there."
 
 
 def _about_tokens(batch: Batch) -> list[str]:
@@ -380,10 +390,9 @@ def demo_command(out: Path) -> None:
     _execute(("all",), None, demo_texts(), out, False, "model", None, None, {})
 
 
+cli.add_command(token_command)
+
+
 def main() -> None:
     """Entry point of the `probekit` command."""
     cli(prog_name="probekit")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,9 @@
-"""Reading the user's texts: a .txt file is one text, a .jsonl file one a line, perhaps with its domain and answer."""
+"""Reading the user's texts: a .txt file is one text, a .jsonl file one a line, a .csv file two a line, in pairs."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -11,11 +13,13 @@ from probekit.core import InputError, TextError
 def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | list[dict[str, str]] | dict[str, list[str]]:
     """The texts of a file.
 
-    By domain, where every line of a .jsonl file names one in `domain`; where lines name what a right answer to their
+    By domain, where every line of a .jsonl file names one in `domain`; a .csv file of pairs gives the domains
+    `sentence1` and `sentence2`, as its columns are called. Where lines name what a right answer to their
     prompt says in `answer`, a list of records with `text`, `answer` and `domain`.
 
     Args:
-        path: a .txt file (one text) or a .jsonl file (an object with a string `text` on each line).
+        path: a .txt file (one text), a .jsonl file (an object with a string `text` on each line), or a .csv file whose
+            first line names columns, two of them `sentence1` and `sentence2`.
         chats: whether a line may have `messages` in place of `text`: a list of objects with `role` and `content`,
             which becomes a text that spells this list in JSON.
 
@@ -24,8 +28,10 @@ def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | list[dic
         TextError: the file, or the text of a line, is empty.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise InputError(f"{path} must end in .txt (one text) or .jsonl (one text a line, in 'text').")
+    if path.suffix not in (".txt", ".jsonl", ".csv"):
+        raise InputError(
+            f"{path} must end in .txt (one text) or .jsonl (one text a line, in 'text'), or .csv for pairs of sentences."
+        )
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -38,6 +44,8 @@ def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | list[dic
         raise TextError(f"{path} is empty.")
     if path.suffix == ".txt":
         return [content]
+    if path.suffix == ".csv":
+        return _pairs_of(path, content)
     lines = [(n, line) for n, line in enumerate(content.splitlines(), start=1) if line.strip()]
     texts = [_text_of(path, number, line, chats) for number, line in lines]
     domains = [json.loads(line).get("domain") for _, line in lines]
@@ -71,6 +79,18 @@ def _text_of(path: Path, number: int, line: str, chats: bool) -> str:
     if not record["text"].strip():
         raise TextError(f"{where}: the text is empty.")
     return record["text"]
+
+
+def _pairs_of(path: Path, content: str) -> dict[str, list[str]]:
+    columns = ("sentence1", "sentence2")
+    rows = list(csv.DictReader(io.StringIO(content)))
+    if not rows or not set(columns) <= set(rows[0]):
+        found = ", ".join(map(repr, rows[0])) if rows else "no line below the first"
+        raise InputError(f"{path}: expected the columns 'sentence1' and 'sentence2'; found {found}.")
+    for number, row in enumerate(rows, start=1):
+        if not all((row[c] or "").strip() for c in columns):
+            raise TextError(f"{path}, pair {number}: a sentence is empty.")
+    return {c: [row[c] for row in rows] for c in columns}
 
 
 def _answer_of(record: dict[str, object], where: str) -> str:

@@ -89,6 +89,10 @@ class Analysis:
         """About how many passes the conversation takes, for plans and progress bars."""
         return 1
 
+    def runs_model(self, params: Any) -> bool:
+        """Whether it makes any pass through the model; the weights of one that nobody runs are not loaded."""
+        return True
+
     def observe(self, params: Any, info: ModelInfo) -> Request:
         """What to look at: the request for the only pass."""
         raise NotImplementedError(f"{type(self).__name__} must define observe and compute, or flow")

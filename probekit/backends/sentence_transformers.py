@@ -26,7 +26,7 @@ from probekit.core import (
     VocabularyTable,
 )
 
-_TEXTS_AT_ONCE = 32
+_TEXTS_AT_ONCE, _ON_ACCELERATOR = 32, 512
 
 
 class SentenceTransformersModel:
@@ -192,21 +192,25 @@ class SentenceTransformersModel:
         )
 
     def embed_texts(
-        self, texts: Sequence[str], *, normalise: bool = True, progress: Progress | None = None
+        self, texts: Sequence[str], *, normalise: bool = True, cut: bool = False, progress: Progress | None = None
     ) -> Embedded:
         """One embedding per text, and the ids that it ran as. Texts run sorted by length, so that little is padding.
 
         Args:
             texts: any strings, blank ones too.
             normalise: whether each embedding is scaled to unit length.
-            progress: is told the work done, in GFLOP.
+            cut: whether a text that is too long is cut at its end, as sentence-transformers' own `encode` does.
+            progress: is told how many texts are done since it was last told.
 
         Raises:
-            TextError: a text is longer than the model reads.
+            TextError: a text is longer than the model reads, and not to be cut.
         """
-        found = self.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-        ids = tuple(tuple(one) for one in found)
         limit = self.context_length
+        found = self.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        long = [i for i, one in enumerate(found) if limit is not None and len(one) > limit] if cut else []
+        for i in long:
+            found[i] = self.tokenizer(texts[i], truncation=True, max_length=limit)["input_ids"]
+        ids = tuple(tuple(one) for one in found)
         lengths = np.array([len(one) for one in ids])
         if limit is not None and lengths.max() > limit:
             i = int(lengths.argmax())
@@ -215,16 +219,17 @@ class SentenceTransformersModel:
             )
         values = np.empty((len(ids), self.info.d_model), np.float32)
         order = np.argsort(-lengths, kind="stable")
+        at_once = _TEXTS_AT_ONCE if self.module.device.type == "cpu" else _ON_ACCELERATOR
         with self._lock:
-            for start in range(0, len(order), _TEXTS_AT_ONCE):
-                part = order[start : start + _TEXTS_AT_ONCE]
+            for start in range(0, len(order), at_once):
+                part = order[start : start + at_once]
                 rows = self._run([ids[i] for i in part], normalise)
                 if rows.shape[1] != values.shape[1]:
                     values = np.empty((len(ids), rows.shape[1]), np.float32)  # a projection follows the pooling
                 values[part] = rows
                 if progress is not None:
-                    progress(2e-9 * float(lengths[part].sum()) * self.info.n_params)
-        return Embedded(values, ids)
+                    progress(len(part))
+        return Embedded(values, ids, len(long))
 
     def _run(self, ids: Sequence[Sequence[int]], normalise: bool) -> np.ndarray:
         import torch

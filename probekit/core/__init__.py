@@ -22,6 +22,7 @@ from .model import Model, ModelInfo, Progress
 from .points import SITES, Point, Site
 from .requests import (
     Capture,
+    Compared,
     Embed,
     Embedded,
     Forward,
@@ -30,6 +31,7 @@ from .requests import (
     ReducerSpec,
     Reference,
     Request,
+    Similarities,
     Texts,
     Tokenize,
     Vocabulary,
@@ -52,6 +54,7 @@ __all__ = [
     "Capture",
     "Chat",
     "ChecksumError",
+    "Compared",
     "Continuation",
     "Edit",
     "Embed",
@@ -81,6 +84,7 @@ __all__ = [
     "Sampling",
     "Scale",
     "SelfCheckError",
+    "Similarities",
     "Site",
     "StoreError",
     "TextError",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -165,12 +168,16 @@ class Embed:
     Args:
         texts: what is embedded, in place of the run's texts.
         normalise: whether each embedding is scaled to unit length.
+        cut: whether a text that is longer than the model reads is cut at its end, and not refused.
+        total: texts in all requests of this kind that follow one another, for the progress bar; 0 if not known.
         model: the role of the model this goes to.
         why: what it is for, in a few words.
     """
 
     texts: tuple[str, ...]
     normalise: bool = True
+    cut: bool = False
+    total: int = field(default=0, compare=False)
     model: str = "model"
     why: str = field(default="", compare=False)
 
@@ -186,10 +193,73 @@ class Embedded:
     Args:
         values: axes text, d_model; float32.
         ids: the token ids that each text ran as, special tokens included.
+        n_cut: texts that were cut because the model does not read so many tokens.
     """
 
     values: np.ndarray
     ids: tuple[tuple[int, ...], ...]
+    n_cut: int = 0
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """How near each text lies to a text it is compared with. Embeddings do not leave the model, and a run that keeps a
+    journal answers a request that it has answered before from there, so that long work is best asked for in parts.
+
+    Args:
+        texts: what is embedded; a text longer than the model reads is cut at its end, as by encoding with
+            sentence-transformers.
+        anchors: the texts that they are compared with; each is embedded once.
+        to: for each text, the place of its anchor.
+        watched: for each text, a token id whose occurrences are counted; empty for none.
+        total: texts in all requests of this kind that follow one another, for the progress bar; 0 if not known.
+        model: the role of the model this goes to.
+        why: what it is for, in a few words.
+
+    Raises:
+        InputError: the lengths do not agree.
+    """
+
+    texts: tuple[str, ...]
+    anchors: tuple[str, ...]
+    to: tuple[int, ...]
+    watched: tuple[int, ...] = ()
+    total: int = field(default=0, compare=False)
+    model: str = "model"
+    why: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.texts)
+        if not n or len(self.to) != n or (self.watched and len(self.watched) != n):
+            raise InputError(
+                f"{n} texts to compare need as many places of anchors and, if any, watched ids; found {len(self.to)} "
+                f"and {len(self.watched)}."
+            )
+        if not all(0 <= i < len(self.anchors) for i in self.to):
+            raise InputError(f"Expected places of {len(self.anchors)} anchors; found {min(self.to)} to {max(self.to)}.")
+
+    @cached_property
+    def key(self) -> str:
+        """What the answer depends on beside the model: a hash of texts, anchors and watched ids."""
+        content = json.dumps([self.texts, self.anchors, self.to, self.watched])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a `Similarities` request brought back.
+
+    Args:
+        cosine: of each text with its anchor; float32, axis text.
+        count: occurrences of the watched id in each text; axis text, empty where none was watched.
+        tokens: how many tokens each text ran as, special ones included; axis text.
+        n_cut: texts that were cut because the model does not read so many tokens.
+    """
+
+    cosine: np.ndarray
+    count: np.ndarray
+    tokens: np.ndarray
+    n_cut: int
 
 
 @dataclass(frozen=True)
@@ -236,5 +306,5 @@ class Texts:
     model: str = "model"
 
 
-LookUp = Embed | Texts | Tokenize | Vocabulary | Weights
+LookUp = Embed | Similarities | Texts | Tokenize | Vocabulary | Weights
 Request = Forward | Branch | LookUp

@@ -130,5 +130,5 @@ class Batch:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the token ids and text boundaries."""
-        return hashlib.sha256(repr([t.ids for t in self.texts]).encode()).hexdigest()
+        """sha256 over the token ids and text boundaries; over the string of a text that was not tokenised."""
+        return hashlib.sha256(repr([t.ids or t.text for t in self.texts]).encode()).hexdigest()

@@ -1,30 +1,39 @@
-"""Requests that need no pass over the run's texts: weights, vocabularies, embeddings of given texts."""
+"""Requests that need no pass over the run's texts: weights, vocabularies, embeddings and similarities of given texts."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from probekit.core import CapabilityError, Embed, LookUp, Model, Tokenize
+import numpy as np
 
+from probekit.core import CapabilityError, Compared, Embed, LookUp, Model, Similarities, Tokenize
+
+from .journal import Journal
 from .progress import Progress
 
+_ENCODER = "a text-embedding model, such as 'all-minilm-l6-v2'"
 
-def answer(model: Model, request: LookUp, progress: Progress | None = None) -> Any:
+
+def answer(model: Model, request: LookUp, progress: Progress | None = None, journal: Journal | None = None) -> Any:
     """What a model says to a request that needs no pass.
 
     Args:
         model: the model of the request's role.
         request: what is wanted.
         progress: the bar of the run.
+        journal: holds the similarities that were found before, and is told those found now.
 
     Returns:
-        `Embedded` for an `Embed`, ids per text for `Tokenize`, a `VocabularyTable` for a `Vocabulary`, `VocabularyWeights` for `Weights`.
+        `Embedded` for an `Embed`, `Compared` for `Similarities`, ids per text for `Tokenize`, a `VocabularyTable` for a
+        `Vocabulary`, `VocabularyWeights` for `Weights`.
 
     Raises:
         CapabilityError: the model has nothing of the kind.
+        StoreError: the journal cannot be written.
     """
     method, what, which = {
-        "Embed": ("embed_texts", "embed texts", "a text-embedding model, such as 'all-minilm-l6-v2'"),
+        "Embed": ("embed_texts", "embed texts", _ENCODER),
+        "Similarities": ("embed_texts", "embed texts", _ENCODER),
         "Tokenize": ("ids_of", "tokenise", "a model with the native backend"),
         "Vocabulary": ("vocabulary", "show its vocabulary", "a model with the native backend"),
         "Weights": ("vocabulary_weights", "show its weights", "a decoder with the native backend"),
@@ -32,9 +41,40 @@ def answer(model: Model, request: LookUp, progress: Progress | None = None) -> A
     ask: Any = getattr(model, method, None)
     if ask is None:
         raise CapabilityError(f"{model.info.name!r} ({type(model).__name__}) cannot {what}; open {which}.")
+    if isinstance(request, Similarities):
+        return compare(ask, request, progress or Progress(), journal or Journal(None, ""))
     if isinstance(request, Embed):
-        tell = None if progress is None or progress.silent else progress.tell
-        return ask(request.texts, normalise=request.normalise, progress=tell)
+        bar = progress or Progress()
+        bar.begin_texts(request.why, len(request.texts), request.total)
+        return ask(request.texts, normalise=request.normalise, cut=request.cut, progress=bar.embedded)
     if isinstance(request, Tokenize):
         return ask(request.texts, special=request.special)
     return ask()
+
+
+def compare(embed: Any, request: Similarities, progress: Progress, journal: Journal) -> Compared:
+    """The cosine of each text with its anchor; equal texts are embedded once. Memory holds the embeddings of one request, and no longer than it runs.
+
+    Args:
+        embed: turns texts into embeddings, as `embed_texts` of a text-embedding model.
+        request: which texts to compare.
+        progress: the bar of the run; is told of texts, not of anchors.
+        journal: answers what was asked before.
+    """
+    n = len(request.texts)
+    progress.begin_texts(request.why, n, request.total)
+    found = journal.compared(request)
+    if found is not None:
+        progress.embedded(n, known=True)
+        return found
+    anchors = embed(request.anchors, cut=True)
+    place = {text: i for i, text in enumerate(dict.fromkeys(request.texts))}
+    texts = embed(tuple(place), cut=True, progress=progress.embedded)
+    progress.embedded(n - len(place))
+    rows = [place[text] for text in request.texts]
+    cosine = np.einsum("td,td->t", texts.values[rows], anchors.values[list(request.to)])
+    count = [texts.ids[row].count(token) for row, token in zip(rows, request.watched, strict=False)]
+    tokens = np.array([len(texts.ids[row]) for row in rows])
+    found = Compared(cosine.astype(np.float32), np.array(count, dtype=np.int32), tokens, texts.n_cut)
+    journal.add_compared(request, found)
+    return found

@@ -12,6 +12,7 @@ REDRAW = 0.1  # seconds between two drawings
 _ONE = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} GFLOP [{elapsed}<{remaining}]"
 _MANY = "{desc} |{bar}| [{elapsed}<{remaining}]"
 _WRITING = "{desc}: {n:.0f}/{total:.0f} continuations |{bar}| [{elapsed}<{remaining}]"
+_COMPARING = "{desc}: {n:,.0f}/{total:,.0f} texts |{bar}| [{elapsed}<{remaining}]"
 _UNKNOWN = "{desc} [{elapsed}]"
 
 
@@ -25,6 +26,7 @@ class Progress:
 
     def __init__(self, passes: int = 1, *, shown: bool = False) -> None:
         self._expected, self._pass, self._work = passes, 0, 0.0
+        self._row = ("", 0)  # texts that are embedded, request after request
         self._bar: Any = tqdm(
             desc="capture",
             total=0,
@@ -66,6 +68,25 @@ class Progress:
 
     def written(self, n: int) -> None:
         """So many of them are done since the last call."""
+        self._bar.update(n)
+
+    def begin_texts(self, what: str, n: int, total: int) -> None:
+        """So many texts are embedded next, of so many that requests of the same name embed one after another."""
+        if (what, total) == self._row:
+            return
+        self._pass, self._row = self._pass + 1, (what, total)
+        if self.silent:
+            return
+        self._bar.bar_format = _COMPARING
+        self._bar.reset(max(n, total))
+        self._bar.set_description_str(what or "embedding", False)
+
+    def embedded(self, n: int, *, known: bool = False) -> None:
+        """So many texts are done since the last call; those that a journal knew do not count in the estimate."""
+        if self.silent:
+            return
+        if known:
+            self._bar.initial += n
         self._bar.update(n)
 
     def tell(self, work: float) -> None:

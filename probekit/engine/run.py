@@ -202,7 +202,7 @@ def run_jobs(
         memory_limit: bytes that may be used above the loaded model.
         progress: show a bar on standard error where that is a terminal.
         corpus: where the texts come from, for the record.
-        journal: a file that keeps continuations as they are written, so that a run that broke off can go on.
+        journal: a file that keeps continuations and similarities as they are found, so that a run that broke off can go on.
         others: further models by role, for analyses that compare models; they read the same token ids.
 
     Returns:
@@ -230,7 +230,7 @@ def run_jobs(
     def look_up(request: LookUp) -> Any:
         if isinstance(request, Texts):
             return batch
-        return answer(_model_of(request, models), request, bar)
+        return answer(_model_of(request, models), request, bar, kept[request.model])
 
     flows = {job.analysis.name: job.analysis.flow(job.params, model.info) for job in jobs}
     with ExitStack() as stack:

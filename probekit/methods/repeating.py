@@ -47,12 +47,13 @@ def placeholder(table: VocabularyTable, kinds: np.ndarray) -> int:
 def prompts(table: VocabularyTable, kinds: np.ndarray, trials: int) -> Generator[Request, Any, Prompts]:
     """The three prompts; to be used with `yield from`.
 
-    (a) A device that repeats its input, after `trials` examples; (b) somebody who is asked what a phrase means, after one
-    example with a made-up word; (c) a few words, and then the token 50 times. They are tokenised around a stand-in, which is then replaced by
-    id, so that exactly the tested id is read. (The wording is ours; the paper's families are the same three.)
+    (a) A device that repeats its input, after `trials` examples; (b) somebody who is asked what a phrase means, after
+    one example with a made-up word; (c) a few words, and then the token 50 times. They are tokenised around a stand-in,
+    which is then replaced by id, so that exactly the tested id is read. (The wording is ours; the paper's families are
+    the same three.)
 
     Raises:
-        InputError: the stand-in does not survive tokenisation.
+        InputError: the stand-in does not survive tokenisation in each of its places.
     """
     stand_in = placeholder(table, kinds)
     word = table.decoded[stand_in]
@@ -68,11 +69,11 @@ def prompts(table: VocabularyTable, kinds: np.ndarray, trials: int) -> Generator
     # Without anything in front, equal tokens attend to equal tokens alone, and the model cannot tell 50 from one.
     (front,) = yield Tokenize(("The same word again and again:",), special=True)
     found = (*ids, (*front, *[stand_in] * _RUN))
-    for family, some in zip(FAMILIES, found, strict=True):
-        if stand_in not in some:
+    for family, some, n in zip(FAMILIES, found, (*(t.count(word) for t in texts), _RUN), strict=True):
+        if some.count(stand_in) != n:
             raise InputError(
-                f"The prompt of the family {family!r} does not hold the stand-in {word!r} (id {stand_in}) as one token, so "
-                "no other token can be put in its place."
+                f"The prompt of the family {family!r} holds the stand-in {word!r} (id {stand_in}) {some.count(stand_in)} "
+                f"times as one token; expected {n}, so that another token can be put in its place."
             )
     return Prompts(found, stand_in)
 

@@ -48,6 +48,7 @@ def even_pairs(similarity: np.ndarray, u: float, n: int, *, above: bool = False)
     side = np.flatnonzero(similarity > u if above else similarity < u)
     if not side.size:
         return side
+    n = min(n, side.size)  # as released: no more targets than there are pairs
     end = similarity[side].max() if above else similarity[side].min()
     targets = np.linspace(end, end + _BELOW * (u - end), n)
     return side[np.abs(similarity[side][None] - targets[:, None]).argmin(axis=1)]
@@ -65,22 +66,34 @@ class Insertions:
     counts: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     seed: int = 0
 
+    @property
+    def last(self) -> Insertions:
+        """The largest count alone."""
+        return Insertions(self.counts[-1:], self.seed)
+
     def of(self, token: str, sentence: str) -> list[str]:
         """The sentence with the token in front, behind, and at random places between words; axes place, count.
 
         Copies in front and behind are put there directly, without a space (the released code does so, and the token may
-        merge with its neighbour: see the survival rate). At random places, one more copy each time, kept apart by spaces.
+        merge with its neighbour: see the survival rate). At random places, one more copy each time, kept apart by
+        spaces; the sentence is split at white space anew before each. (The released code does not fix these places; here
+        they depend on seed, token and sentence alone.)
+
+        Returns:
+            Places one after another, of each the counts.
         """
         front = [token * n + sentence for n in self.counts]
         behind = [sentence + token * n for n in self.counts]
         digest = hashlib.sha256(f"{self.seed} {token!r} {sentence!r}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-        words, scattered, have = sentence.split(" "), [], 0
+        text, scattered, have = sentence, [], 0
         for n in self.counts:
             for _ in range(n - have):
+                words = text.split()
                 words.insert(int(rng.integers(0, len(words) + 1)), token)
+                text = " ".join(words)
             have = n
-            scattered.append(" ".join(words))
+            scattered.append(text)
         return [*front, *behind, *scattered]
 
 
@@ -143,3 +156,30 @@ def two_sided(with_token: np.ndarray, without: np.ndarray, u: float) -> tuple[fl
         float(np.abs(with_token - u).mean() / np.abs(start - u).mean()),
         float(np.var(with_token) / spread) if spread > 0 else float("nan"),
     )
+
+
+def beyond_random(p: np.ndarray, random: np.ndarray, n_pairs: int, level: float = 0.05) -> np.ndarray:
+    """Whether each p lies where random tokens are not expected, all together at the given level.
+
+    The log-odds of p, half a pair added on both sides, above the upper prediction limit for one more random token:
+    mean + t(1 - level / n, m - 1) sd sqrt(1 + 1/m) of the m random tokens, for n tokens that are asked about.
+
+    Args:
+        p: of the tokens asked about.
+        random: of random tokens, validated on the same pairs; at least two.
+        n_pairs: pairs that each p is a share of.
+        level: probability with which at least one of n random tokens would be called.
+    """
+    from scipy.stats import t
+
+    m = len(random)
+    if m < 2 or not len(p):
+        return np.zeros(len(p), dtype=bool)
+    odds, null = _log_odds(p, n_pairs), _log_odds(random, n_pairs)
+    reach = float(t.ppf(1 - level / len(p), m - 1)) * null.std(ddof=1) * np.sqrt(1 + 1 / m)
+    return np.asarray(odds > null.mean() + max(reach, 1e-9))
+
+
+def _log_odds(p: np.ndarray, n: int) -> np.ndarray:
+    share = (np.asarray(p, dtype=float) * n + 0.5) / (n + 1)
+    return np.asarray(np.log(share / (1 - share)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -49,21 +50,36 @@ def categories(table: VocabularyTable) -> np.ndarray:
 
 
 def unused_bytes(table: VocabularyTable) -> np.ndarray:
-    """Ids of single bytes that no UTF-8 text holds (C0, C1, F5 to FF).
+    """Ids of single bytes that no UTF-8 text holds (C0, C1, F5 to FF)."""
+    byte_level = is_byte_level(table)
+    found = [token_bytes(piece, "\ufffd", byte_level=byte_level) for piece in table.pieces]
+    return np.array([i for i, b in enumerate(found) if b and len(b) == 1 and b[0] in _NEVER_IN_UTF8], dtype=np.int64)
 
-    Byte-level vocabularies are told by more than a tenth of their pieces starting with the mark of a space, "Ġ".
+
+def is_byte_level(table: VocabularyTable) -> bool:
+    """Whether pieces spell bytes: more than a tenth of them start with the mark of a space, "Ġ"."""
+    return sum(p.startswith("Ġ") for p in table.pieces) > 0.1 * len(table)
+
+
+def token_bytes(piece: str, text: str, *, byte_level: bool) -> bytes | None:
+    """The bytes that a token stands for; None where neither its text nor its piece tells.
+
+    Args:
+        piece: how the vocabulary spells it.
+        text: what it decodes to; where that is no whole character, the piece is read.
+        byte_level: whether pieces spell bytes, as GPT-2's do.
     """
-    byte_level = sum(p.startswith("Ġ") for p in table.pieces) > 0.1 * len(table)
+    if "\ufffd" not in text:
+        return text.encode("utf-8", "surrogatepass")
+    if named := _BYTE.fullmatch(piece):
+        return bytes([int(named.group(1), 16)])
     alphabet = _byte_alphabet()
-    found = []
-    for i, piece in enumerate(table.pieces):
-        named = _BYTE.fullmatch(piece)
-        byte = int(named.group(1), 16) if named else alphabet.get(piece) if byte_level and len(piece) == 1 else None
-        if byte in _NEVER_IN_UTF8:
-            found.append(i)
-    return np.array(found, dtype=np.int64)
+    if byte_level and all(c in alphabet for c in piece):
+        return bytes(alphabet[c] for c in piece)
+    return None
 
 
+@functools.cache
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes as printable characters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

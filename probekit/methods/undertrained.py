@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,39 @@ def described(ids: np.ndarray, rows: np.ndarray, why: str) -> ReferenceSet:
     return ReferenceSet(np.asarray(ids, dtype=np.int64), why, float(np.median(some @ unit(some.mean(axis=0)))))
 
 
+def reference_from(given: str, table: VocabularyTable, kinds: np.ndarray, rows: np.ndarray) -> ReferenceSet:
+    """The reference of given ids, separated by commas; `reference_set` if none are given.
+
+    Raises:
+        InputError: it is no list of ids of this vocabulary, or no reference can be found.
+    """
+    if not given.strip():
+        return reference_set(table, kinds, rows)
+    try:
+        ids = np.array([int(x) for x in given.split(",")])
+    except ValueError:
+        raise InputError(f"reference holds ids separated by commas, such as 5,7,8; found {given!r}.") from None
+    if not ((ids >= 0) & (ids < len(table))).all():
+        raise InputError(f"reference holds ids from 0 to {len(table) - 1}; found {given!r}.")
+    return described(np.unique(ids), rows, "given ids")
+
+
+def chosen(indicator: str, values: Mapping[str, np.ndarray]) -> str:
+    """The indicator of this name; "auto" is the input norm where embeddings are untied, and else the cosine.
+
+    Raises:
+        InputError: the model has no such indicator.
+    """
+    if indicator == "auto":
+        return "input norm" if "input norm" in values else "cosine"
+    if indicator not in values:
+        raise InputError(
+            f"This model has no indicator {indicator!r}: its embeddings are "
+            f"{'untied' if 'input norm' in values else 'tied'}. It has {', '.join(values)}."
+        )
+    return indicator
+
+
 def _alike(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The largest group of ids whose rows have a cosine above 0.9 with one of them."""
     if not len(ids):
@@ -109,21 +142,38 @@ def indicators(weights: VocabularyWeights, reference: ReferenceSet) -> dict[str,
     Returns:
         By name (`INDICATORS`), float64 arrays on the axis vocab.
     """
-    rows = weights.unembedding.astype(np.float64)
-    mean = rows.mean(axis=0)
-    first = np.linalg.eigh(np.cov((rows - mean).T))[1][:, -1]
-    mu = rows[reference.ids].mean(axis=0)
-    found = {
-        "cosine": _from(rows, mu),
-        "centred cosine": _from(rows - mean, mu - mean),
-        "cosine without first component": _from(rows - np.outer(rows @ first, first), mu - (mu @ first) * first),
-        "distance": np.linalg.norm(rows - mu, axis=1),
-    }
+    rows = weights.unembedding
+    mu = rows[reference.ids].astype(np.float64).mean(axis=0)
+    mean, first = _mean_and_first(rows)
+    names = INDICATORS[:4]
+    parts: list[tuple[np.ndarray, ...]] = []
+    for block in _blocks(rows):
+        parts.append(
+            (
+                _from(block, mu),
+                _from(block - mean, mu - mean),
+                _from(block - np.outer(block @ first, first), mu - (mu @ first) * first),
+                np.linalg.norm(block - mu, axis=1),
+            )
+        )
+    found = {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(names)}
     if not weights.tied:
-        found["input norm"] = np.linalg.norm(weights.embedding.astype(np.float64), axis=1)
+        found["input norm"] = np.concatenate([np.linalg.norm(b, axis=1) for b in _blocks(weights.embedding)])
     if weights.bias is not None and np.ptp(weights.bias) > 0:
         found["bias"] = np.abs(weights.bias - weights.bias[reference.ids].mean()).astype(np.float64)
     return found
+
+
+def _blocks(rows: np.ndarray, size: int = 8192) -> Iterator[np.ndarray]:
+    """Rows in float64, a block at a time: large vocabularies are not held twice."""
+    return (rows[a : a + size].astype(np.float64) for a in range(0, len(rows), size))
+
+
+def _mean_and_first(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean row, and the first principal component of the centred rows."""
+    mean = sum((b.sum(axis=0) for b in _blocks(rows)), np.zeros(rows.shape[1])) / len(rows)
+    spread = sum(((b - mean).T @ (b - mean) for b in _blocks(rows)), np.zeros((rows.shape[1],) * 2))
+    return mean, np.linalg.eigh(spread)[1][:, -1]
 
 
 def _from(rows: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, param, register
-from probekit.core import Batch, InputError, ModelInfo, Vocabulary, VocabularyTable, Weights
+from probekit.core import Batch, ModelInfo, Vocabulary, VocabularyTable, Weights
 from probekit.methods.repeating import FAMILIES, prompts, written
-from probekit.methods.token_categories import CATEGORIES, OK, SPECIAL, categories
-from probekit.methods.undertrained import INDICATORS, ReferenceSet, described, indicators, reference_set
+from probekit.methods.token_categories import CATEGORIES, OK, SPECIAL, UNDECODABLE, categories
+from probekit.methods.undertrained import INDICATORS, chosen, indicators, reference_from
 from probekit.stats import wilson
 
 _TESTED, _CONTROL = 1, 2
@@ -50,7 +51,9 @@ class UndertrainedParams(Params):
         0.01, low=1e-6, high=0.5, unit="share", help="Largest probability of a token that counts as not written"
     )
     seed: int = param(0, low=0, high=2**31 - 1, help="Seed of the choice of controls")
-    published: bool = param(False, help="As in the released code: every candidate is verified, 20 examples")
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {"share": 0.02, "n_verify": 1000000, "steps": 3, "trials": 20, "threshold": 0.01}
+    }
 
 
 @register
@@ -91,6 +94,7 @@ class UndertrainedTokens(Analysis):
         "category": Measure(("vocab",), "1", "what becomes of the token's text: 0 ok, 1 ok and special, 2 unreachable and looks special, 3 undecodable, 4 unreachable (another token), 5 unreachable (several tokens), 6 no token"),
         "reference": Measure(("vocab",), "1", "1 for tokens of the reference"),
         "reference_why": Measure((), "1", "what makes them the reference"),
+        "reference_cosine": Measure((), "1", "median cosine of the reference's unembedding rows with their mean; the reference is one place if it is near 1"),
         "candidate": Measure(("vocab",), "1", "1 for ordinary tokens up to the percentile, the reference left out"),
         "cut": Measure((), "1", "value of the indicator up to which tokens are candidates"),
         "asked": Measure(("vocab",), "1", "1 for candidates that the model was asked to write, 2 for controls"),
@@ -100,17 +104,21 @@ class UndertrainedTokens(Analysis):
     }  # fmt: skip
 
     def passes(self, params: Any, info: ModelInfo, batch: Batch) -> int:
-        """One per greedy step."""
-        return 1 + params.steps
+        """One per greedy step; none where nothing is verified."""
+        return 1 + params.steps * self.runs_model(params)
+
+    def runs_model(self, params: Any) -> bool:
+        """Not where nothing is verified: the weights are then read off their files."""
+        return bool(params.n_verify or params.n_controls)
 
     def flow(self, params: Any, info: ModelInfo) -> Flow:
         """Vocabulary and weights, then prompts about the candidates."""
         table: VocabularyTable = yield Vocabulary()
         weights = yield Weights()
         kinds = categories(table)
-        reference = _reference(params, table, kinds, weights.unembedding)
+        reference = reference_from(params.reference, table, kinds, weights.unembedding)
         values = indicators(weights, reference)
-        name = _chosen(params, values)
+        name = chosen(params.indicator, values)
         ranked = values[name]
         ordinary = np.isin(kinds, (OK, SPECIAL))
         ordinary[reference.ids] = False
@@ -120,7 +128,7 @@ class UndertrainedTokens(Analysis):
         prob = np.full((len(FAMILIES), len(table)), np.nan)
         tokens = np.flatnonzero(asked)
         if tokens.size:
-            made = yield from prompts(table, kinds, 20 if params.published else params.trials)
+            made = yield from prompts(table, kinds, params.trials)
             prob[:, tokens] = (yield from written(made, tokens.tolist(), params.steps)).T
         exists = np.array([bool(p) for p in table.pieces])
         counts, edges = np.histogram(ranked[ordinary], bins=_BINS)
@@ -132,7 +140,8 @@ class UndertrainedTokens(Analysis):
                 "chosen": ((), list(values).index(name)),
                 "category": ("vocab", np.array([CATEGORIES.index(k) for k in kinds])),
                 "reference": ("vocab", is_reference),
-                "reference_why": ((), reference.why),
+                "reference_why": ((), f"{len(reference.ids)} {reference.why}"),
+                "reference_cosine": ((), reference.spread),
                 "candidate": ("vocab", candidate.astype(float)),
                 "cut": ((), cut),
                 "asked": ("vocab", asked),
@@ -155,7 +164,10 @@ class UndertrainedTokens(Analysis):
         ranked = data["indicator"].values[int(data["chosen"])]
         ordinary = np.isin(data["category"].values, (0, 1)) & (data["reference"].values == 0)
         top = [int(i) for i in np.argsort(np.where(ordinary, ranked, np.inf), kind="stable")[:_SHOWN]]
-        about = f"{result.provenance.get('model', {}).get('name', '')}. Reference: {data['reference_why'].item()}."
+        about = (
+            f"{result.provenance.get('model', {}).get('name', '')}. Reference: {data['reference_why'].item()} "
+            f"(median cosine with their mean {float(data['reference_cosine']):.2f})."
+        )
         drawn: dict[str, plots.Drawing] = {
             "top": plots.bars(
                 {_label(result, i): float(ranked[i]) for i in top},
@@ -177,36 +189,11 @@ def _edges(middles: np.ndarray) -> np.ndarray:
     return np.append(middles - half, middles[-1] + half)
 
 
-def _reference(params: Any, table: VocabularyTable, kinds: np.ndarray, rows: np.ndarray) -> ReferenceSet:
-    if not params.reference.strip():
-        return reference_set(table, kinds, rows)
-    try:
-        ids = np.array([int(x) for x in params.reference.split(",")])
-    except ValueError:
-        raise InputError(
-            f"reference holds ids separated by commas, such as 5,7,8; found {params.reference!r}."
-        ) from None
-    if not ((ids >= 0) & (ids < len(table))).all():
-        raise InputError(f"reference holds ids from 0 to {len(table) - 1}; found {params.reference!r}.")
-    return described(np.unique(ids), rows, "given ids")
-
-
-def _chosen(params: Any, values: dict[str, np.ndarray]) -> str:
-    if params.indicator == "auto":
-        return "input norm" if "input norm" in values else "cosine"
-    if params.indicator not in values:
-        raise InputError(
-            f"This model has no indicator {params.indicator!r}: its embeddings are "
-            f"{'untied' if 'input norm' in values else 'tied'}. It has {', '.join(values)}."
-        )
-    return str(params.indicator)
-
-
 def _asked(ranked: np.ndarray, candidate: np.ndarray, plain: np.ndarray, params: Any) -> np.ndarray:
     """Which tokens the model is asked to write, and as what."""
     order = np.argsort(np.where(candidate, ranked, np.inf), kind="stable")[: int(candidate.sum())]
     asked = np.zeros(len(ranked), dtype=np.int64)
-    asked[order if params.published else order[: params.n_verify]] = _TESTED
+    asked[order[: params.n_verify]] = _TESTED
     others = np.flatnonzero(plain & ~candidate)
     rng = np.random.default_rng(params.seed)
     asked[rng.permutation(others)[: params.n_controls]] = _CONTROL
@@ -248,11 +235,13 @@ def _behaviour(result: Result) -> list[Finding]:
         return []
     k, n = int((tested < threshold).sum()), len(tested)
     null = float((controls < threshold).mean()) if controls.size else 0.0
+    against = "ordinary tokens that are no candidates" if controls.size else "a model that can write every token"
+    beside = f", and {int((controls < threshold).sum())} of {len(controls)} other tokens" if controls.size else ""
     return [
         Finding(
-            f"The model cannot write {k} of the {n} strongest candidates (probability below {threshold:.0%} in every prompt), "
-            f"and {int((controls < threshold).sum())} of {len(controls)} other tokens.",
-            k / n, "share of candidates", null, "ordinary tokens that are no candidates", wilson(k, n), n, "tokens",
+            f"The model cannot write {k} of the {n} strongest candidates (probability below {threshold:.0%} in every "
+            f"prompt){beside}.",
+            k / n, "share of candidates", null, against, wilson(k, n), n, "tokens",
         )
     ]  # fmt: skip
 
@@ -278,13 +267,14 @@ def _strings(result: Result) -> Finding:
 
 
 def _reachable(result: Result) -> Finding:
+    """Tokens that are never read, whatever is written; pieces of characters are read beside others, and not among them."""
     kinds = result["category"].values
     counts = {name: int((kinds == i).sum()) for i, name in enumerate(CATEGORIES)}
-    out = sum(n for name, n in counts.items() if name not in (OK, SPECIAL))
+    out = sum(n for name, n in counts.items() if name not in (OK, SPECIAL, UNDECODABLE))
     listed = ", ".join(f"{n:,} {name}" for name, n in counts.items() if n)
     return Finding(
-        f"{out:,} of {len(kinds):,} ids can be brought about by no text ({listed}).", out / len(kinds), "share of ids", 0.0,
-        "every token can be written", None, 1, "vocabulary",
+        f"{out:,} of {len(kinds):,} ids are not what their own text encodes to ({listed}).", out / len(kinds),
+        "share of ids", 0.0, "every token can be written", None, 1, "vocabulary",
     )  # fmt: skip
 
 

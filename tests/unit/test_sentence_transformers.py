@@ -67,6 +67,17 @@ def test_text_beyond_the_context_is_refused_not_cut(model: SentenceTransformersM
         model.embed(["short", "word " * 300])
 
 
+def test_a_long_text_is_cut_as_by_sentence_transformers_if_asked(model: SentenceTransformersModel) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder, _ = catalog.fetch(catalog.resolve(NAME))
+    reference = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    texts, told = ["short", "word " * 300 + "end"], []
+    found = model.embed_texts(texts, cut=True, progress=told.append)
+    assert found.n_cut == 1 and [len(ids) for ids in found.ids] == [3, 256] and sum(told) == 2
+    np.testing.assert_allclose(found.values, reference.encode(texts, normalize_embeddings=True), atol=1e-6)
+
+
 def test_special_tokens_are_the_models_own(model: SentenceTransformersModel) -> None:
     assert model.tokenize(["hello"]).strings == ("[CLS]", "hello", "[SEP]")
     assert model.decode(model.tokenize(["hello"]).texts[0].ids) == ("[CLS]", "hello", "[SEP]")

@@ -43,7 +43,7 @@ from .generation import generate
 from .native_unembed import NativeUnembed
 from .relu_attention import RELU
 from .tokens import token_strings, tokenize, tokenizer_hash
-from .vocabulary import ids_of, vocabulary_table, vocabulary_weights
+from .vocabulary import headers_hash, ids_of, vocabulary_table, vocabulary_weights
 from .weights import devices_of, hash_of, input_device, is_quantised, output_gram, state_of
 
 _D_MLP = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # first that is set; else 4 · d_model
@@ -217,14 +217,21 @@ class TransformersModel:
         return token_strings(self.tokenizer, ids)
 
     def provenance(self) -> dict[str, Any]:
-        """What fixes this model's numbers."""
+        """What fixes this model's numbers; while it is not loaded, what its safetensors files say without their values."""
         versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers", "numpy")}
-        own = getattr(self.module.config, "_attn_implementation", None) or "eager"
+        headers = None if self.loaded else headers_hash(self.folder)
+        if headers is not None:
+            digest, note = headers, "not loaded; the hash is of the files' headers, without values"
+            attention = "none; the model was not run"
+        else:
+            own = getattr(self.module.config, "_attn_implementation", None) or "eager"
+            digest, note = self.weights_hash(), self._weights_note
+            attention = f"{own}; where attention is captured, exact float32 {_kernel(own)} over blocks of queries"
         return {
             "model": self.info.as_dict(),
-            "weights_hash": self.weights_hash(),
-            "weights": self._weights_note,
-            "attention": f"{own}; where attention is captured, exact float32 {_kernel(own)} over blocks of queries",
+            "weights_hash": digest,
+            "weights": note,
+            "attention": attention,
             "tokenizer_hash": self._tokenizer_hash,
             "versions": versions,
             "backend": "transformers",
