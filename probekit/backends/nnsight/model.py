@@ -208,7 +208,7 @@ class NnsightModel:
         return {
             "model": self.info.as_dict(),
             "weights_hash": self.weights_hash(),
-            "weights": "raw (nothing folded or centred)",
+            "weights": self.native.weights_note,
             "attention": f"{own}; eager where attention is captured",
             "tokenizer_hash": self.native._tokenizer_hash,
             "versions": {p: importlib.metadata.version(p) for p in packages},

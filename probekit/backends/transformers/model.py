@@ -58,7 +58,7 @@ class TransformersModel:
         self._whole_config, self._config, self._loader = config, config.get_text_config(), loader
         self._name, self._revision = name, revision
         self.folder: Path | None = None  # where it was loaded from
-        self._weights_note = "raw (nothing folded or centred)"
+        self.weights_note = "raw (nothing folded or centred)"
         self._module: Any = None
         self._lock = threading.RLock()
         self._weights_hash: str | None = None
@@ -129,7 +129,7 @@ class TransformersModel:
             note: what was changed, for the record.
         """
         model = type(self)(self._whole_config, self.tokenizer, name, self._revision, lambda: change(self._loader()))
-        model._weights_note = f"{self._weights_note}; {note}"
+        model.weights_note = f"{self.weights_note}; {note}"
         return model
 
     def load(self) -> Self:
@@ -223,7 +223,7 @@ class TransformersModel:
         return {
             "model": self.info.as_dict(),
             "weights_hash": self.weights_hash(),
-            "weights": self._weights_note,
+            "weights": self.weights_note,
             "attention": f"{own}; where attention is captured, exact float32 {_kernel(own)} over blocks of queries",
             "tokenizer_hash": self._tokenizer_hash,
             "versions": versions,
