@@ -11,7 +11,7 @@ import numpy as np
 from probekit.core import Branch, Continuation, Fork, Sampling
 from probekit.core.branching import Stopped
 
-LOOK_EVERY = 4  # tokens between two looks at whether an answer is there
+LOOK_EVERY = 4  # tokens between two looks at whether a drawn answer is there; greedy ones are few, and looked at always
 Done = Callable[[Fork, Continuation], None]
 There = Mapping[Fork, frozenset[int]]  # numbers of the continuations that need not be written again
 
@@ -57,6 +57,7 @@ class Writing:
     ) -> None:
         self.request, self._done, self._ends, self._decode = request, done, ends, decode
         self._there = there or {}
+        self._every = 1 if request.sampling.temperature == 0 else LOOK_EVERY
 
     @property
     def n_jobs(self) -> int:
@@ -83,7 +84,7 @@ class Writing:
             stopped = "end"
         elif n >= self.request.sampling.max_tokens:
             stopped = "length"
-        elif outcome is not None and n % LOOK_EVERY == 0 and outcome.settled(self._answer(job)):
+        elif outcome is not None and n % self._every == 0 and outcome.settled(self._answer(job)):
             stopped = "answer"
         if stopped is None:
             return True

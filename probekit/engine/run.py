@@ -112,6 +112,8 @@ def run_pass(
     if request.inputs is not None:
         batch = _made(request.inputs, model)
     plan = make_plan(request, batch, model.info, memory_limit)
+    if not request.captures:  # the texts are wanted, and nothing of what the model makes of them
+        return Trace(batch, model.info, {}, {}), plan
     parts: list[list[Partial]] = []
     tell = None
     if progress is not None:

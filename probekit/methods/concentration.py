@@ -10,6 +10,7 @@ import numpy as np
 from probekit.stats import MIN_TEXTS, ratio
 
 HUNDREDTHS = 100
+Z95 = 1.959963984540054
 _DRAWS = 500
 
 
@@ -62,31 +63,39 @@ class Units:
         """How many there are."""
         return int(self.of.max()) + 1
 
-    def interval(self, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> np.ndarray | None:
-        """95 % interval of a statistic by resampling units whole (percentile bootstrap, 500 draws).
+    def interval(
+        self, statistic: Callable[[np.ndarray], np.ndarray], *, low: float = -np.inf, high: float = np.inf
+    ) -> np.ndarray | None:
+        """95 % interval of a statistic by resampling units whole (percentile bootstrap, 500 draws, seed 0).
 
-        It is widened to hold the statistic of all tokens, which a bootstrap of an unevenness can miss: samples with
-        repeats are more uneven.
+        Its ends are moved away from the statistic of all tokens by the factor t sqrt(n / (n - 1)) / 1.96, t the 97.5 %
+        quantile of Student's t on n - 1 degrees of freedom: resampling few units shows too little spread. It holds that
+        statistic in any case, which a bootstrap of an unevenness can miss, since samples with repeats are more uneven.
 
         Args:
             statistic: of some tokens, given by their places; NaN entries are left out.
-            seed: of the resampling.
+            low: the least value that is possible.
+            high: the largest.
 
         Returns:
             Lower and upper ends, axis 0; None with fewer than two units. NaN where the statistic never is a number.
         """
+        from scipy.stats import t
+
         if self.n < 2:
             return None
         members = [np.flatnonzero(self.of == u) for u in range(self.n)]
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         draws = [
             statistic(np.concatenate([members[u] for u in rng.integers(0, self.n, self.n)])) for _ in range(_DRAWS)
         ]
-        here = np.asarray(statistic(np.arange(len(self.of))), dtype=float)
-        values = np.array(draws, dtype=float).reshape(_DRAWS, here.size)
-        ends, known = np.full((2, here.size), np.nan), np.isfinite(values).any(axis=0)
+        value = np.asarray(statistic(np.arange(len(self.of))), dtype=float)
+        here, values = value.ravel(), np.array(draws, dtype=float).reshape(_DRAWS, value.size)
+        ends, known = np.full((2, value.size), np.nan), np.isfinite(values).any(axis=0)
         ends[:, known] = np.nanquantile(values[:, known], [0.025, 0.975], axis=0)
-        return np.stack([np.fmin(ends[0], here.ravel()), np.fmax(ends[1], here.ravel())]).reshape(2, *here.shape)
+        ends = here + (ends - here) * float(t.ppf(0.975, self.n - 1)) / Z95 * np.sqrt(self.n / (self.n - 1))
+        held = np.stack([np.fmin(ends[0], here), np.fmax(ends[1], here)])
+        return np.clip(held, low, high).reshape(2, *value.shape)
 
 
 def tenths(place: np.ndarray) -> np.ndarray:

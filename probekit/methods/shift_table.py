@@ -50,7 +50,7 @@ def spread(parts: Sequence[Along], prompts: Sequence[int]) -> dict[str, Any]:
     units = Units.choose(np.repeat(prompts, lengths), np.repeat(np.arange(len(parts)), lengths))
     place = np.concatenate([(np.arange(n) + 0.5) / n for n in lengths])
     js, cut, null = whole["js"], whole["js_cut"], noise[0]
-    ends = units.interval(lambda rows: carried(js[rows]))
+    ends = units.interval(lambda rows: carried(js[rows]), low=0, high=1)
     curve = carried(js)
     low, high = (curve, curve) if ends is None else ends
     kinds = {"place": tenths(place), "entropy": tenths(ranked(whole["entropy_base"]))}

@@ -145,7 +145,7 @@ class CriticalTokens(Analysis):
         "how": Measure(("token",), "1", "0: not measured, 1: continued, 2: shared with a later prefix, 3: the answer is finished"),
         "critical": Measure(("token",), "1", "1 at critical tokens"),
         **INSIDE_MEASURES,
-        "status": Measure(("text",), "1", "of each prompt: 0 critical token found, 1 no wrong answer, 2 too rarely right, 3 lost from the start, 4 never lost"),
+        "status": Measure(("text",), "1", "of each prompt: 0 with a critical token, 1 never wrong, 2 too rarely right, 3 lost from the start, 4 never lost"),
         "tried_success": Measure(("text",), "share", "right ones among the first sampled answers to the prompt, by which it was chosen"),
         "prompt_success": Measure(("text",), "share", "right ones among n more answers to it; NaN where none were sampled, or it is lost from the start"),
         "critical_place": Measure(("text",), "tokens", "place of the critical token in the answer, from 0; -1 where there is none"),

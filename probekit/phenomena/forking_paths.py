@@ -48,7 +48,8 @@ class ForkingPaths(Analysis):
         distance of o_t from o_0. An alternative forks if o[t, w] lies epsilon or more from o[t, base's token];
         the hazard is the probability of such tokens, survival the product of 1 - hazard. The token that decides most has
         the alternative with the largest product of probability and distance beyond chance. Change points: exact Bayesian
-        segmentation of the outcome counts; a change is reported if the odds of at least one exceed 9. Beside them, from
+        segmentation of the outcome counts of the positions that were sampled, and of the continuations of the answer's own
+        token at the last of them; a change is reported if the odds of at least one exceed 9. Beside them, from
         one pass over the answers: the lens' log-probability of the token over depth and the attention that the
         position which predicts it pays to position 0.
 
@@ -293,7 +294,8 @@ def _settled(result: Result) -> Finding:
     claim = (
         f"{told}: odds {'above 1e12' if odds[best] >= 1e12 else fmt(float(odds[best]))} to 1 that it changes at all."
         if strong.any()
-        else f"The outcomes ahead change along no answer beyond doubt: odds {fmt(float(odds[best]))} to 1 at most."
+        else f"Along the text as a whole, no change of the outcomes ahead is beyond doubt: odds {fmt(float(odds[best]))} to 1 "
+        f"at most, from {int(result['sampled'].values.sum())} sampled positions."
     )
     return Finding(
         claim, share.value, "share of answers", 0.0, "one distribution all along: odds above 9 are not expected",

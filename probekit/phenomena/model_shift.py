@@ -260,7 +260,8 @@ def _finding(
     """A finding about all tokens; its claim ends in what the interval says of the null."""
     units = _units(result)
     value = statistic(np.arange(len(units.of)))
-    ends = units.interval(lambda rows: np.asarray(statistic(rows)))
+    low, high = {"rank correlation": (-1.0, 1.0), "× mean JS": (0.0, np.inf)}.get(unit, (0.0, 1.0))
+    ends = units.interval(lambda rows: np.asarray(statistic(rows)), low=low, high=high)
     ci95 = None if ends is None else (float(ends[0]), float(ends[1]))
     clear = ci95 is None or not ci95[0] <= null <= ci95[1]
     tail = "." if clear else "; these answers do not tell the two apart."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST = 6  # changes at most
-SHORTEST = 2  # positions of a segment at least
+SHORTEST = 1  # positions of a segment at least
 STRONG = 9.0  # odds that count as evidence
 
 

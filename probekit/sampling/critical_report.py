@@ -12,7 +12,7 @@ from probekit.analysis import Finding, Result, fmt
 from probekit.stats import Estimate, text_mean, wilson
 
 from .critical import NOT_MEASURED
-from .critical_table import FOUND, GROUPS, LOST, STATUS
+from .critical_table import FOUND, GROUPS, STATUS
 from .inside import inside_drawings
 
 _ABOUT = ("the critical token", "a random token with as much freedom", "any random token")
@@ -126,7 +126,7 @@ def _compared(result: Result, group: int) -> Finding | None:
     return Finding(
         f"Replacing the critical token takes right continuations from {kept:.1%} to {replaced:.1%}; replacing "
         f"{_ABOUT[group]} of the same answers, from {other[0]:.1%} to {other[1]:.1%}: the gain is "
-        f"{abs(difference.value) * 100:.1f} points {'larger' if difference.value >= 0 else 'smaller'}.",
+        f"{abs(difference.value) * 100:.1f} points {'larger' if difference.value >= 0 else 'smaller'}{_chance(difference)}.",
         difference.value, "share", 0.0, f"the gain from replacing {_ABOUT[group]}", difference.ci95, difference.n,
         difference.n_unit, {"group": GROUPS[group]},
     )  # fmt: skip
@@ -135,6 +135,11 @@ def _compared(result: Result, group: int) -> Finding | None:
 def _lengths(result: Result, found: list[_Critical]) -> np.ndarray:
     texts = result["text"].values
     return np.array([(texts == c.text).sum() for c in found])
+
+
+def _chance(difference: Estimate) -> str:
+    low, high = difference.ci95 or (-1.0, 1.0)
+    return ", which may be chance" if low <= 0 <= high else ""
 
 
 def _answers(found: list[_Critical]) -> str:
@@ -170,7 +175,7 @@ def _own_words(result: Result, found: list[_Critical]) -> Finding:
     before = sum(bool(c.at < first[c.text]) for c in found)
     chance = np.mean([(last[c.text] >= 0) * (last[c.text] - first[c.text] + 1) / n
                       for c, n in zip(found, _lengths(result, found), strict=True)])  # fmt: skip
-    share = text_mean(own.astype(float), "answers").within(0, 1)
+    share = _share(int(own.sum()), len(found), "answers")
     return Finding(
         f"In {own.sum():,} of {_answers(found)}, the critical token is where the wrong result is first said; in {before:,} "
         "it comes before.",
@@ -179,9 +184,17 @@ def _own_words(result: Result, found: list[_Critical]) -> Finding:
     )  # fmt: skip
 
 
+def _share(count: int, n: int, n_unit: str) -> Estimate:
+    """A share of answers or prompts, with its Wilson interval."""
+    if n == 1:
+        return Estimate(float(count), None, 1, n_unit)
+    low, high = wilson(count, n)
+    return Estimate(count / n, (low if count else 0.0, high if count < n else 1.0), n, n_unit)  # free of rounding
+
+
 def _statuses(result: Result) -> Finding:
     status = result["status"].values
-    share = text_mean((status == FOUND).astype(float), "prompts").within(0, 1)
+    share = _share(int((status == FOUND).sum()), len(status), "prompts")
     named = [f"{int((status == k).sum()):,} {name}" for k, name in enumerate(STATUS) if (status == k).any()]
     many = "prompt" if len(status) == 1 else "prompts"
     return Finding(
@@ -298,6 +311,8 @@ def _pass(result: Result) -> plots.Figure:
                 continue
             label = f"{'critical token' if group == 0 else 'random free token'} {what}"
             curves[label] = data["pass_share"].sel(case=case, drop=True)
+            if group:
+                continue  # four bands hide one another
             low, high = (data[f"pass_{end}"].sel(case=case, drop=True) for end in ("low", "high"))
             bands[label] = (low, high)
     n = _gain(result, 0).n
@@ -308,7 +323,7 @@ def _pass(result: Result) -> plots.Figure:
         quantity="pass@k",
         bands=bands,
         y_range=(0, 1.12),
-        caption=f"{result.about} Answers: {n}; mean over them, with 95 % intervals as bands. The horizontal axis is k, the number "
+        caption=f"{result.about} Answers: {n}; mean over them; bands: 95 % intervals of the critical token's curves. The horizontal axis is k, the number "
         "of continuations of which one has to be right. Replaced: each from another token drawn from the model.",
         alt="Pass@k against k, for critical and random tokens kept and replaced.",
     )  # fmt: skip
@@ -357,7 +372,8 @@ def _prompts(result: Result) -> plots.Figure:
         unit="prompts",
         quantity="",
         by="what became of them",
-        caption=f"{result.about} Too rarely right: of the sampled answers, so that hardly anything could be lost. {STATUS[LOST].capitalize()}: "
-        "no prefix is alive, nor is the prompt. Never lost: every prefix has a right continuation.",
+        caption=f"{result.about} Never wrong: no finished wrong answer among the greedy and the sampled ones. Too rarely right: by "
+        "the sampled answers. Lost from the start: by as many more as a prefix has, the prompt itself is not alive. Never lost: "
+        "every prefix has a right continuation.",
         alt="Bars of the number of prompts by what became of them.",
     )  # fmt: skip

@@ -16,7 +16,7 @@ from .inside import answers_only, inside_measures
 from .replacing import pass_at_k
 from .wrong_answers import Tried
 
-STATUS = ("critical token found", "no wrong answer", "too rarely right", "lost from the start", "never lost")
+STATUS = ("with a critical token", "never wrong", "too rarely right", "lost from the start", "never lost")
 FOUND, NONE_WRONG, RARELY_RIGHT, LOST, NEVER_LOST = range(5)
 GROUPS = ("critical", "free", "any")
 CASES = tuple(f"{group}, {what}" for group in GROUPS for what in ("kept", "replaced"))

@@ -149,15 +149,15 @@ def _along(
         before = at + 1
     hazard = np.zeros(n)
     hazard[measured] = forks.hazard(epsilon)
-    changes = find_changes(forks.counts())
-    posterior = np.zeros(n)
-    posterior[measured] = changes.posterior
+    changes = find_changes(forks.course())
+    posterior = np.zeros(n + 1)
+    posterior[[measured[0], *(at + 1 for at in measured)]] = changes.posterior  # in between, the next one's holds
     sampled = np.zeros(n)
     sampled[measured] = 1.0
     drift = np.array([distance(shares[0], row, "l2") for row in shares])
     for name, values in zip(
         ("sampled", "drift", "hazard", "survival", "change"),
-        (sampled, drift, hazard, np.cumprod(1 - hazard), posterior),
+        (sampled, drift, hazard, np.cumprod(1 - hazard), posterior[:n]),
         strict=True,
     ):
         along[name][here] = values

@@ -137,6 +137,16 @@ class ForkMap:
             found.append(row / sum(each))
         return np.stack(found)
 
+    def course(self) -> np.ndarray:
+        """`counts`, and in one more row the draws after the answer's own token at the last position.
+
+        That row says what lies ahead once the last of the tokens that were tried has been written. (It shares draws with
+        the row before, of which they are a part; where nothing changes, both are alike all the more.)
+        """
+        last = self.positions[-1]
+        own = self.branch(last)[0] * len(last.alternatives[0].outcomes)
+        return np.vstack([self.counts(), own])
+
 
 def distance(a: np.ndarray, b: np.ndarray, kind: Distance) -> float:
     """How far two distributions are apart.

@@ -102,7 +102,7 @@ def inside_drawings(data: xr.Dataset, places: Mapping[str, int], about: str) -> 
     return {
         "inside-lens": plots.lines(
             lens,
-            title=f"{word!r} is the lens' likeliest token {_since(data, place)}",
+            title=f"{word!r} {_since(data, place)}",
             unit="nats",
             quantity="log-probability by the lens",
             caption=f"{about} Logit lens at the position that predicts each token; 0 is certainty.",
@@ -143,10 +143,11 @@ def _since(data: xr.Dataset, place: int) -> str:
     """From which block on the lens says this token, in words."""
     own = data["lens_top_id"].values[:, place] == int(data["token_id"].values[place])
     if not own[-1]:
-        return "after no block to the end"
+        return "is never what the lens finds likeliest" if not own.any() else "is not the likeliest token in the end"
     last = np.flatnonzero(~own)
     start = 0 if not last.size else int(last[-1]) + 1
-    return "after every block" if start == 0 else f"from block {int(data['layer'].values[start])} on"
+    since = "after every block" if start == 0 else f"from block {int(data['layer'].values[start])} on"
+    return f"is what the lens finds likeliest {since}"
 
 
 def _alternatives(data: xr.Dataset, place: int) -> dict[str, float]:

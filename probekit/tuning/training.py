@@ -113,17 +113,16 @@ def response_loss(module: Any, examples: Sequence[Example]) -> Tensor:
 
     Args:
         module: a causal model of transformers.
-        examples: prompts with answers; shorter ones are padded on the right, where nothing looks.
+        examples: prompts with answers; shorter ones are padded on the right, where no token of theirs looks.
     """
     longest, device = max(len(e.ids) for e in examples), next(module.parameters()).device
     ids = torch.zeros((len(examples), longest), dtype=torch.long)
-    seen, learnt = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    learnt = torch.zeros_like(ids, dtype=torch.bool)
     for row, example in enumerate(examples):
         n = len(example.ids)
         ids[row, :n] = torch.tensor(example.ids)
-        seen[row, :n] = 1
         learnt[row, example.n_prompt : n] = True
-    logits = module(input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False).logits[:, :-1]
+    logits = module(input_ids=ids.to(device), use_cache=False).logits[:, :-1]
     which = learnt[:, 1:].to(logits.device)
     return cross_entropy(logits[which].float(), ids[:, 1:].to(logits.device)[which])
 

@@ -153,7 +153,7 @@ def test_prompts_without_a_critical_token_are_counted() -> None:
     assert result["tried_success"].values[[1, 2]].tolist() == [1, 0]
     assert np.isfinite(result["prompt_success"].values).tolist() == [True, False, False, True]
     counted = result.findings[-1]
-    assert "2 critical token found; 1 no wrong answer; 1 too rarely right" in counted.claim and counted.value == 0.5
+    assert "2 with a critical token; 1 never wrong; 1 too rarely right" in counted.claim and counted.value == 0.5
     lost = find(batch, controls=1, least_success=0.0)
     assert lost["status"].values.tolist() == [0, 1, 3, 0] and lost["critical_place"].values[2] == -1
     assert set(lost["text"].values.tolist()) == {0, 3}

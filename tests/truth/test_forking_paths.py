@@ -267,4 +267,15 @@ def test_a_planted_change_is_found_and_none_is_not() -> None:
     assert found.odds > 1e6 and found.best == 10
     alarms = [find_changes(np.random.default_rng(s).multinomial(30, [0.6, 0.3, 0.1], 40)).odds > 9 for s in range(60)]
     assert sum(alarms) <= 3
-    assert find_changes(np.ones((3, 2))).odds == 0 and find_changes(np.ones((1, 2))).best == -1
+    assert find_changes(np.ones((1, 2))).odds == 0 and find_changes(np.ones((1, 2))).best == -1
+    few = [find_changes(np.random.default_rng(s).multinomial(20, [0.6, 0.4], 4)).odds > 9 for s in range(200)]
+    assert sum(few) <= 10, "four positions are enough to look, and no change is found where none is"
+    short = find_changes(np.array([[12, 8], [11, 9], [20, 0]]))
+    assert short.odds > 9 and short.best == 2
+
+
+def test_what_follows_the_last_fork_belongs_to_the_course() -> None:
+    """Two positions with a half of A each; after the answer's own token at the second, A alone; by hand."""
+    forks = ForkMap((position(0, (0.5, "AAAA"), (0.5, "BBBB")), position(1, (0.5, "AAAAA"), (0.5, "BBBBB"))))
+    assert forks.categories == ("A", "B")
+    assert forks.course() == pytest.approx(np.array([[4, 4], [5, 5], [5, 0]]))

@@ -219,14 +219,16 @@ def toy(law: Callable[[tuple[int, ...]], np.ndarray]) -> ScriptedModel:
     )  # fmt: skip
 
 
-def played(conversation: Generator[Request, Any, Any]) -> Any:
-    """Run a conversation whose only requests are continuations."""
+def played(conversation: Generator[Request, Any, Any], asked: list[Branch] | None = None) -> Any:
+    """Run a conversation whose only requests are continuations, and keep them."""
     models, reply = {"base": toy(primary), "model": toy(intervening)}, None
     journals = {role: Journal(None, role) for role in models}
     try:
         while True:
             request = conversation.send(reply)
             assert isinstance(request, Branch)
+            if asked is not None:
+                asked.append(request)
             reply = run_branch(models[request.model], request, journals[request.model])
     except StopIteration as stop:
         return stop.value
@@ -246,10 +248,10 @@ def crossed(n: int, seed: int = 0, where: Where | None = None) -> tuple[list[Ans
 
 
 def test_the_policy_is_exact() -> None:
-    """Complete answers of the round-by-round sampler against the enumeration, by chi square over 12,000 draws."""
+    """Complete answers of the round-by-round sampler against the enumeration, by chi square over 8,000 draws."""
     from scipy.stats import chi2
 
-    truth, n = enumerated(), 12_000
+    truth, n = enumerated(), 8_000
     drafts, answers = crossed(n)
     for found, law in ((answers, truth), (drafts, None)):
         counts = Counter(a.ids for a in found)
@@ -296,6 +298,29 @@ def test_answers_do_not_depend_on_how_many_there_are() -> None:
     assert few == many and crossed(20, seed=1)[1] != few
 
 
+def test_no_two_draws_share_their_random_numbers() -> None:
+    """Within a run of the policy, drafts included: every prefix and number at most once, whoever draws."""
+    desk = Desk(((5,),), Sampling(LONGEST))
+    for where in (by_rule(desk, read, above=0.5, budget=BUDGET), at_random(desk, {(0, i): 2 for i in range(400)})):
+        asked: list[Branch] = []
+        drafts = played(desk.answers(400, "base"), asked)
+        played(desk.crossed(drafts, where, primary="base", other="model"), asked)
+        seen = Counter(
+            (r.bases[f.base].ids[: f.position], i)
+            for r in asked
+            for f in r.forks
+            for i in range(r.first, r.first + r.n)
+        )
+        assert max(seen.values()) == 1 and len(seen) > 800
+
+
+def test_the_usual_answer_is_chosen_by_answers_that_are_not_judged() -> None:
+    """Of a fair coin, one answer each: chosen by itself it would always be as usual."""
+    result = compared(deciding(go=0.5), deciding(go=0.5), prompts=16, answers=1)
+    assert 0.1 < result["hit_share"].values[3] < 0.9
+    assert set(result["expected"].values) == {"w12", "w13"}
+
+
 def test_random_places_are_as_many_and_anywhere() -> None:
     desk = Desk(((5,),), Sampling(LONGEST))
     drafts = played(desk.answers(3000, "base"))
@@ -307,9 +332,14 @@ def test_random_places_are_as_many_and_anywhere() -> None:
         assert len(answer.switched) == wanted or answer.next_place == len(answer.ids), "no room was left"
     exact = np.mean([len(a.switched) == counts[0, a.number] for a in answers])
     assert exact > 0.75, exact
-    long = [a.switched[0] for a, d in zip(answers, drafts, strict=True) if counts[0, a.number] == 1 and len(d.ids) == 5]
-    hits = np.bincount(long, minlength=5)
-    assert np.abs(hits - len(long) / 5).max() < 4 * np.sqrt(len(long) * 0.16), hits
+    for wanted, truth in ((1, [0.2] * 5), (2, [0.4, 0.3, 0.2, 0.1, 0])):
+        long = [
+            a.switched[0]
+            for a, d in zip(answers, drafts, strict=True)
+            if counts[0, a.number] == wanted and len(d.ids) == 5
+        ]
+        hits = np.bincount(long, minlength=5) / len(long)
+        assert hits == pytest.approx(truth, abs=4 * np.sqrt(0.24 / len(long))), hits
 
 
 def test_what_answers_say_is_read_off_their_tokens() -> None:

@@ -168,20 +168,23 @@ def test_similarities_are_cosines_with_the_anchor_named(tmp_path: Path) -> None:
     model = BagEmbedder(["red", "blue"])
     texts, anchors = ("red x", "y blue blue", "red x", "z"), ("a red", "b")
     request = Similarities(texts, anchors, (0, 1, 1, 0), (2, 3, 3, 2))
-    journal = Journal(tmp_path / "j.jsonl", "m")
-    found = answer(model, request, journal=journal)
+    path = tmp_path / "j.jsonl"
+    with Journal(path, "m") as journal:
+        found = answer(model, request, journal=journal)
     assert model.embedded == ["a red", "b", "red x", "y blue blue", "z"]
     rows = {t: model.embed_texts([t]).values[0] for t in (*texts, *anchors)}
     expected = [rows[t] @ rows[anchors[to]] for t, to in zip(texts, request.to, strict=True)]
     np.testing.assert_allclose(found.cosine, expected, rtol=1e-6)
     assert found.count.tolist() == [1, 2, 0, 0] and found.tokens.tolist() == [4, 5, 4, 3] and found.n_cut == 0
     model.embedded = []
-    again = answer(model, request, journal=Journal(tmp_path / "j.jsonl", "m"))
-    assert not model.embedded
+    with Journal(path, "m") as journal:
+        again = answer(model, request, journal=journal)
+        assert not model.embedded
+        answer(model, Similarities(texts, anchors, (1, 1, 1, 0)), journal=journal)
     for name in ("cosine", "count", "tokens"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
-    answer(model, request, journal=Journal(tmp_path / "j.jsonl", "another model"))
-    answer(model, Similarities(texts, anchors, (1, 1, 1, 0)), journal=journal)
+    with Journal(path, "another model") as journal:
+        answer(model, request, journal=journal)
     assert len(model.embedded) == 10
 
 

@@ -30,7 +30,8 @@ from probekit.backends.capture_pass import CapturePass, require_forward
 from probekit.backends.self_check import N_TOKENS, TOLERANCE, self_check
 from probekit.backends.transformers.forward_pass import evaluating
 from probekit.backends.transformers.implementation import attention_by
-from probekit.backends.transformers.model import NativeUnembed, TransformersModel
+from probekit.backends.transformers.model import TransformersModel
+from probekit.backends.transformers.native_unembed import NativeUnembed
 from probekit.backends.transformers.weights import OUTPUT_PROJECTIONS, output_gram
 from probekit.core import (
     Batch,
@@ -208,7 +209,7 @@ class NnsightModel:
         return {
             "model": self.info.as_dict(),
             "weights_hash": self.weights_hash(),
-            "weights": "raw (nothing folded or centred)",
+            "weights": self.native.weights_note,
             "attention": f"{own}; eager where attention is captured",
             "tokenizer_hash": self.native._tokenizer_hash,
             "versions": {p: importlib.metadata.version(p) for p in packages},

@@ -162,7 +162,7 @@ class TransformerLensModel:
         return {
             "model": self.load().info.as_dict(),
             "weights_hash": self.weights_hash(),
-            "weights": "raw (nothing folded or centred)",
+            "weights": self._source.weights_note if self._source is not None else "raw (nothing folded or centred)",
             "attention": "eager, by TransformerLens; statistics in float32 from the probabilities it shows",
             "tokenizer_hash": tokenizer_hash(self.tokenizer),
             "versions": {p: importlib.metadata.version(p) for p in packages},

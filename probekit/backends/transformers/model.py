@@ -62,7 +62,7 @@ class TransformersModel:
         self._whole_config, self._config, self._loader = config, config.get_text_config(), loader
         self._name, self._revision = name, revision
         self.folder: Path | None = None  # where it was loaded from
-        self._weights_note = "raw (nothing folded or centred)"
+        self.weights_note = "raw (nothing folded or centred)"
         self._module: Any = None
         self._lock = threading.RLock()
         self._weights_hash: str | None = None
@@ -133,7 +133,7 @@ class TransformersModel:
             note: what was changed, for the record.
         """
         model = type(self)(self._whole_config, self.tokenizer, name, self._revision, lambda: change(self._loader()))
-        model._weights_note = f"{self._weights_note}; {note}"
+        model.weights_note = f"{self.weights_note}; {note}"
         return model
 
     def load(self) -> Self:
@@ -225,7 +225,7 @@ class TransformersModel:
             attention = "none; the model was not run"
         else:
             own = getattr(self.module.config, "_attn_implementation", None) or "eager"
-            digest, note = self.weights_hash(), self._weights_note
+            digest, note = self.weights_hash(), self.weights_note
             attention = f"{own}; where attention is captured, exact float32 {_kernel(own)} over blocks of queries"
         return {
             "model": self.info.as_dict(),
