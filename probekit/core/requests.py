@@ -203,8 +203,10 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Similarities:
-    """How near each text lies to a text it is compared with. Embeddings do not leave the model, and a run that keeps a
-    journal answers a request that it has answered before from there, so that long work is best asked for in parts.
+    """How near each text lies to a text it is compared with.
+
+    Embeddings do not leave the model. A run that keeps a journal answers a request that it has answered before from
+    there, so that long work is best asked for in parts.
 
     Args:
         texts: what is embedded; a text longer than the model reads is cut at its end, as by encoding with

@@ -194,7 +194,7 @@ def inserted(
         return Trials(np.empty((len(tokens), 0, len(PLACES), n_counts)), np.empty((len(tokens), 0)), none, none, 0)
     cosine = np.concatenate(found).astype(np.float64)
     return Trials(
-        cosine[..., :-1 if own else None].reshape(len(tokens), len(pairs), len(PLACES), n_counts),
+        cosine[..., own:].reshape(len(tokens), len(pairs), len(PLACES), n_counts),
         cosine[..., 0] if own else np.empty((len(tokens), 0)),
         np.concatenate(survival), np.concatenate(added), n_cut,
     )  # fmt: skip

@@ -327,11 +327,11 @@ def _candidates_drawing(result: Result) -> plots.Drawing:
     asked, p, sticky = result["asked"].values, result["p"].values, result["sticky"].values
     top = _by_p(result, (asked == CANDIDATE) | (asked == NAMED))[:_SHOWN]
     labels = {_word(result, i): i for i in top}
-    random = p[asked == RANDOM]
+    random, n = p[asked == RANDOM], int(sticky.sum())
     return plots.bars(
         {label: float(p[i]) for label, i in labels.items()},
         intervals={label: _interval(result, i) for label, i in labels.items()},
-        title=f"{int(sticky.sum())} tokens pull pairs together beyond random ones", unit="share",
+        title=f"Tokens that pull pairs together beyond random ones: {n or 'none'}", unit="share",
         quantity="pairs brought nearer", by="token", reference=(float(result["cut"]), "published cut"),
         caption=f"{_about(result)} Intervals: Wilson, pairs as draws. {len(random)} random tokens: mean "
         f"{random.mean():.3f}, from {random.min():.3f} to {random.max():.3f}.",
