@@ -64,10 +64,9 @@ class Bench:
     def _write(self, request: pk.Branch) -> Any:
         return pk.branch(self.model, request, progress=False).continuations
 
-    def request(self, seed: int = 0, **how: Any) -> pk.Branch:
+    def request(self) -> pk.Branch:
         """16 continuations of 32 tokens from every prefix."""
-        sampling = pk.Sampling(how.pop("max_tokens", N_TOKENS), seed=seed)
-        return pk.Branch((self.base,), how.pop("forks", self.forks), N_SAMPLES, 0, sampling, how.pop("outcome", None))
+        return pk.Branch((self.base,), self.forks, N_SAMPLES, 0, pk.Sampling(N_TOKENS))
 
     def sampler(self) -> int:
         """Shared prefixes; the number of tokens written."""
@@ -105,26 +104,27 @@ class Bench:
         return Case(what, "generate(num_return_sequences=16) per prefix", 0.27, values=values, note=note)
 
     def stop_case(self, n: int) -> Case:
-        """Continuations that stop at the first number, against the same ones written to their end."""
-        outcome = pk.sampling.Pattern(r"\d+")
-        forks = tuple(f for f in self.forks if not outcome.settled(self._said(f)))
+        """Continuations that stop at the end of a sentence, against the same ones written to their end."""
+        outcome = pk.sampling.Pattern(r"[.!?]")
+        ids = self.base.ids
+        bases = tuple(pk.Base(ids[: f.position], f.position) for f in self.forks)  # what stood before is no answer
+        forks = tuple(pk.Fork(i, len(base.ids)) for i, base in enumerate(bases))
         tokens: dict[bool, int] = {}
 
         def write(early: bool) -> Callable[[], None]:
             def run() -> None:
-                found = self._write(self.request(forks=forks, outcome=outcome if early else None))
+                said = outcome if early else None
+                with self._without_end():
+                    found = self._write(pk.Branch(bases, forks, N_SAMPLES, 0, pk.Sampling(N_TOKENS), said))
                 tokens[early] = sum(len(c.ids) for some in found for c in some)
 
             return run
 
-        values, a, b = paired(write(True), write(False), n)
-        note = f"{a:.1f} s / {b:.1f} s; {tokens[True]:,} / {tokens[False]:,} tokens, {len(forks)} prefixes without a number"
+        values, a, b = paired(write(True), write(False), n, warm=False)
+        note = f"{a:.1f} s / {b:.1f} s; {tokens[True]:,} / {tokens[False]:,} tokens"
         return Case(
-            "early stops, at the first number", "the same continuations to their end", None, values=values, note=note
+            "early stops, at a sentence's end", "the same continuations to their end", None, values=values, note=note
         )
-
-    def _said(self, fork: pk.Fork) -> str:
-        return "".join(self.model.decode(self.base.ids[self.base.n_prompt : fork.position]))
 
     def skip_case(self, n: int) -> Case:
         """Only positions where a second token has at least 5 %, against all positions; 2 continuations of 16 tokens."""

@@ -25,7 +25,8 @@ def domain_of(option: str) -> tuple[str, list[str]]:
     if not name or not path:
         raise argparse.ArgumentTypeError(f"expected NAME=FILE, found {option!r}")
     texts: Any = read_texts(path)
-    return name, [t for some in texts.values() for t in some] if isinstance(texts, dict) else texts
+    listed = [t for some in texts.values() for t in some] if isinstance(texts, dict) else texts
+    return name, [t["text"] if isinstance(t, dict) else t for t in listed]  # lines with answers are records
 
 
 def openings(model: Any, domains: dict[str, list[str]], n: int) -> Any:

@@ -11,12 +11,11 @@ import xarray as xr
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, fmt, param, register
 from probekit.core import Base, Capture, Continuation, Forward, ModelInfo, Sampling
-from probekit.reduce import NextToken, Nucleus
+from probekit.reduce import Nucleus
 from probekit.sampling.drawn import drawn_answers
 from probekit.sampling.factor import LIMIT, SampledAnswers
 from probekit.stats import Estimate, text_mean
 
-_PROMPTS = Capture("logits", NextToken(1))
 _STEP = "token of the answer"
 
 
@@ -113,13 +112,13 @@ class BranchingFactor(Analysis):
     }  # fmt: skip
 
     def passes(self, params: Any, info: ModelInfo, batch: Any) -> int:
-        """The prompts, their answers, and one look at them."""
-        return 3
+        """The answers, and one look at them."""
+        return 2
 
     def flow(self, params: Any, info: ModelInfo) -> Flow:
         """Sampled answers, read once more."""
         cut = Capture("logits", Nucleus(params.top_p, params.min_p, params.temperature))
-        prompts = yield Forward((_PROMPTS,))
+        prompts = yield Forward((), why="the prompts")
         bases, answers = yield from drawn_answers(prompts.batch, params.n_samples, params.sampling())
         inside = yield Forward((cut,), inputs=tuple(b.ids for b in bases), why="cut distributions along the answers")
         return _table(bases, answers, inside[cut], params.n_samples)

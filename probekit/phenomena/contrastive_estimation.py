@@ -13,7 +13,7 @@ from probekit.analysis import Analysis, Finding, Flow, Measure, Result, fmt, par
 from probekit.core import Base, Batch, Forward, ModelInfo, TokenText, Trace, token_coords
 from probekit.methods.contrastive import answer_begins, scored
 from probekit.sampling import WritingParams, base_answers
-from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, NEXT, answers_only, inside_drawings, inside_measures
+from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, answers_only, inside_drawings, inside_measures
 from probekit.stats import Estimate, rank_correlation, text_mean
 
 _SAME = 1e-6  # nats below which a score counts as the probability itself
@@ -110,7 +110,7 @@ class ContrastiveEstimation(Analysis):
 
     def passes(self, params: Any, info: ModelInfo, batch: Batch) -> int:
         """The answers, a look inside them, and each of them through both models."""
-        return 2 * len(batch) + (1 if params.answer_from == "given" else 3)
+        return 2 * len(batch) + (1 if params.answer_from == "given" else 2)
 
     def flow(self, params: Any, info: ModelInfo) -> Flow:
         """Answers, a look inside them, and what the two models say of every token."""
@@ -121,7 +121,7 @@ class ContrastiveEstimation(Analysis):
             bases = _given(params, asked)
             said = [outcome.read("".join(t.strings[b.n_prompt :])) for t, b in zip(asked, bases, strict=True)]
         else:
-            asked = (yield Forward((NEXT,))).batch
+            asked = (yield Forward((), why="the prompts")).batch
             bases, answers = yield from base_answers(asked, params.max_tokens, outcome)
             said = [a.outcome for a in answers]
             inside = yield Forward(INSIDE, inputs=tuple(b.ids for b in bases), why="inside the answers")

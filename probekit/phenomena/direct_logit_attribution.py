@@ -336,6 +336,6 @@ def _late_share(attention: np.ndarray, mlp: np.ndarray, late: int, unit: np.ndar
 
 
 def _notes(data: xr.Dataset) -> list[str]:
-    words = dict(zip(data["vocab"].values.tolist(), map(str, data["vocab_str"].values), strict=True))
+    words = plots.words_by_id(data["vocab_str"])
     pairs = zip(data["plus_id"].values.tolist(), data["minus_id"].values.tolist(), strict=True)
     return ["next token unknown" if a < 0 else f"{words[a]!r} over {words[b]!r}" for a, b in pairs]

@@ -12,7 +12,7 @@ from probekit.analysis import Analysis, Finding, Flow, Measure, Result, fmt, par
 from probekit.core import Batch, Branch, Fork, Forward, InputError, ModelInfo
 from probekit.sampling import STRONG, Draws, WritingParams, base_answers, distance, sampled_until
 from probekit.sampling.fork_table import Explored, drawn_at, fork_table, plausible_tokens
-from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, MOST_SHOWN, NEXT, inside_drawings
+from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, MOST_SHOWN, inside_drawings
 from probekit.stats import Estimate, text_mean
 
 
@@ -99,7 +99,7 @@ class ForkingPaths(Analysis):
         if params.most < params.n:
             raise InputError(f"most={params.most} is less than the {params.n} continuations of the first round (n).")
         outcome, at = params.outcome, drawn_at(params.temperature)
-        prompts = yield Forward((NEXT,))
+        prompts = yield Forward((), why="the prompts")
         bases, answers = yield from base_answers(prompts.batch, params.max_tokens, outcome)
         inside = yield Forward(
             (*INSIDE, *([] if at in INSIDE else [at])), inputs=tuple(b.ids for b in bases), why="inside the answers"
@@ -210,7 +210,7 @@ def _places(result: Result) -> dict[str, int]:
 
 
 def _word(result: Result, token: int) -> str:
-    table = dict(zip(result["vocab"].values.tolist(), map(str, result["vocab_str"].values), strict=True))
+    table = plots.words_by_id(result["vocab_str"])
     return table.get(token, f"[{token}]")
 
 

@@ -13,7 +13,7 @@ from probekit.core import Branch, Forward, InputError, ModelInfo
 from probekit.sampling import Draws, WritingParams, sampled_until
 from probekit.sampling.drawn import drawn_answers
 from probekit.sampling.fork_table import drawn_at
-from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, NEXT
+from probekit.sampling.inside import INSIDE, INSIDE_MEASURES
 from probekit.sampling.minority_drawings import minority_drawings
 from probekit.sampling.minority_findings import minority_findings
 from probekit.sampling.minority_table import Corpus, Tried, minority_table
@@ -131,7 +131,7 @@ class ForkingTokens(Analysis):
     }  # fmt: skip
 
     def passes(self, params: Any, info: ModelInfo, batch: Any) -> int:
-        """The prompts, one look at their answers, and a few rounds of continuations."""
+        """The answers, one look at them, and a few rounds of continuations."""
         return 2 + max(1, int(np.ceil(np.log2(params.most / params.n))) + 1)
 
     def flow(self, params: Any, info: ModelInfo) -> Flow:
@@ -139,7 +139,7 @@ class ForkingTokens(Analysis):
         if params.most < params.n:
             raise InputError(f"most={params.most} is less than the {params.n} continuations of the first round (n).")
         outcome, sampling, at = params.outcome, params.sampling(), drawn_at(params.temperature)
-        prompts = yield Forward((NEXT,))
+        prompts = yield Forward((), why="the prompts")
         bases, _ = yield from drawn_answers(prompts.batch, params.answers, sampling)
         captures = tuple(dict.fromkeys((*INSIDE, at)))
         inside = yield Forward(captures, inputs=tuple(b.ids for b in bases), why="inside the answers")

@@ -381,7 +381,7 @@ def _strip(result: Result) -> plots.TokenStrip:
     data = result.dataset
     kl = data["kl_nats"].sel(case="delete").values
     layers, middle = _ablated(kl), _middle_of(kl)
-    words = dict(zip(data["vocab"].values.tolist(), map(str, data["vocab_str"].values), strict=True))
+    words = plots.words_by_id(data["vocab_str"])
     worst = np.asarray(layers)[np.argmax(kl[layers], axis=0)]
     return plots.TokenStrip(
         title="Where the prediction hangs on single blocks",

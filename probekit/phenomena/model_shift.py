@@ -155,14 +155,14 @@ class ModelShift(Analysis):
     }  # fmt: skip
 
     def passes(self, params: Any, info: ModelInfo, batch: Batch) -> int:
-        """The prompts, two looks for words; both models along every answer, at first and after each switch but the last."""
+        """The answers, two looks for words; both models along every answer, at first and after each switch but the last."""
         n, budget = len(batch) * params.answers, params.budget
         switches = max(1, round(budget * params.max_tokens if budget < 1 else budget)) if budget else 0
         return 3 + 2 * n * (1 + max(0, 2 * switches - 1))
 
     def flow(self, params: Any, info: ModelInfo) -> Flow:
         """The model's answers, both models along them, and answers that both write."""
-        prompts = (yield Forward((TOP,))).batch
+        prompts = (yield Forward((), why="the prompts")).batch
         desk = Desk(tuple(text.ids for text in prompts), params.sampling())
         own = yield from desk.answers(params.answers, MODEL)
         bases = [desk.base(answer) for answer in own]

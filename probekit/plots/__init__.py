@@ -9,7 +9,7 @@ from .scatter import scatter
 from .stream import stream
 from .text import escape, token_label, token_labels, unescape, visible
 from .theme import DIVERGING, PALETTE, PLOT_CONFIG, SEQUENTIAL, UNDEFINED
-from .words import next_words
+from .words import next_words, words_by_id
 
 __all__ = [
     "DIVERGING",
@@ -38,4 +38,5 @@ __all__ = [
     "token_labels",
     "unescape",
     "visible",
+    "words_by_id",
 ]

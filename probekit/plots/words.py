@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+def words_by_id(vocab: xr.DataArray) -> dict[int, str]:
+    """What ids show as, by id.
+
+    Args:
+        vocab: strings; axis `vocab` with the ids as its coordinate.
+    """
+    return dict(zip(vocab["vocab"].values.tolist(), map(str, vocab.values), strict=True))
+
+
 def next_words(
     ids: xr.DataArray, logprobs: xr.DataArray, vocab: xr.DataArray, *, n: int = 5, separator: str = ", "
 ) -> xr.DataArray:
@@ -24,7 +33,7 @@ def next_words(
         n: how many to name.
         separator: what stands between them.
     """
-    words = {int(i): visible(str(s)) for i, s in zip(vocab["vocab"].values, vocab.values, strict=True)}
+    words = {i: visible(s) for i, s in words_by_id(vocab).items()}
     shown_ids, shares = ids.values[..., :n], np.exp(logprobs.values[..., :n])
     out = np.empty(shown_ids.shape[:-1], dtype=object)
     for place in np.ndindex(*out.shape):

@@ -279,7 +279,7 @@ def _alternatives(result: Result, one: _Critical) -> plots.Figure:
     """How often each of the tokens drawn in the critical one's place led to the right answer."""
     data = result.dataset
     ids, right = data["replaced_id"].values[one.branch], data["replaced_right"].values[one.branch]
-    table = dict(zip(data["vocab"].values.tolist(), map(str, data["vocab_str"].values), strict=True))
+    table = plots.words_by_id(data["vocab_str"])
     often = sorted(set(ids.tolist()), key=lambda i: (-(ids == i).sum(), i))[:12]
     kept = data["kept_right"].values[one.branch]
     word = plots.visible(str(data["token_str"].values[one.place]))

@@ -86,12 +86,7 @@ def critical_table(study: Study, inside: Trace, n: int) -> xr.Dataset:
         **pass_curves(study.replaced, ks),
     }
     coords = token_coords(batch) | {"case": np.array(CASES, dtype=object), "threshold": ks}
-    return xr.Dataset(variables, coords=coords).assign_coords(layer=inside_layers(inside))
-
-
-def inside_layers(inside: Trace) -> np.ndarray:
-    """Numbers of the blocks."""
-    return np.arange(inside.info.n_layers)
+    return xr.Dataset(variables, coords=coords).assign_coords(layer=np.arange(inside.info.n_layers))
 
 
 def _along(study: Study, batch: Batch) -> dict[str, object]:

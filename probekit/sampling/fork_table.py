@@ -47,12 +47,16 @@ def plausible_tokens(bases: list[Base], inside: Trace, at: Capture, *, p_min: fl
         for place in range(base.n_prompt, len(base.ids)):
             row, own = inside.batch.starts[i] + place - 1, base.ids[place]
             looked_at = (place - base.n_prompt) % spacing == 0
-            likely = ids[row][logprob[row] > np.log(p_min)].tolist() if looked_at else []
-            found[i, place] = (own, *(int(t) for t in likely if t != own))
+            found[i, place] = likely_tokens(own, ids[row], logprob[row], p_min) if looked_at else (own,)
     return found
 
 
-def _probs(inside: Trace, at: Capture, row: int, tokens: tuple[int, ...]) -> list[float]:
+def likely_tokens(own: int, ids: np.ndarray, logprob: np.ndarray, p_min: float) -> tuple[int, ...]:
+    """What could have stood in one place: the token itself first, then the others above `p_min`."""
+    return (own, *(int(t) for t in ids[logprob > np.log(p_min)] if t != own))
+
+
+def token_probs(inside: Trace, at: Capture, row: int, tokens: tuple[int, ...]) -> list[float]:
     """Probabilities of tokens after a row; the first is the one that follows, which need not be among the likeliest."""
     shown = inside[at].isel(token=row)
     known = dict(zip(shown["top_id"].values.tolist(), np.exp(shown["top_logprob"].values.astype(float)), strict=True))
@@ -117,7 +121,7 @@ def _map(i: int, explored: Explored) -> ForkMap | None:
     inside, positions = explored.inside, []
     for (text, place), tokens in explored.tried.items():
         if text == i and len(tokens) > 1:
-            probs = _probs(inside, explored.at, inside.batch.starts[i] + place - 1, tokens)
+            probs = token_probs(inside, explored.at, inside.batch.starts[i] + place - 1, tokens)
             found = [tuple(c.outcome for c in explored.draws[Fork(i, place, t)]) for t in tokens]
             positions.append(
                 Position(place, tuple(Alternative(t, p, o) for t, p, o in zip(tokens, probs, found, strict=True)))

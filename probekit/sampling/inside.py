@@ -151,7 +151,7 @@ def _since(data: xr.Dataset, place: int) -> str:
 
 
 def _alternatives(data: xr.Dataset, place: int) -> dict[str, float]:
-    table = dict(zip(data["vocab"].values.tolist(), map(str, data["vocab_str"].values), strict=True))
+    table = plots.words_by_id(data["vocab_str"])
     ids, probs = data["top_id"].values[place].tolist(), data["top_prob"].values[place].tolist()
     own = int(data["token_id"].values[place])
     if own not in ids:

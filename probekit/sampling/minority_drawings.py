@@ -144,7 +144,7 @@ def _strip(result: Result, about: str) -> plots.TokenStrip:
 
 def _notes(result: Result) -> tuple[str, ...]:
     data = result.dataset
-    words = dict(zip(data["vocab"].values.tolist(), map(str, data["vocab_str"].values), strict=True))
+    words = plots.words_by_id(data["vocab_str"])
     found: dict[int, list[str]] = {}
     for k, at in enumerate(data["branch_place"].values.tolist()):
         shares = data["branch_share"].values[k]

@@ -14,6 +14,7 @@ from probekit.core import Base, Batch, Capture, Fork, Trace, token_coords
 from probekit.stats import MIN_TEXTS
 
 from .fork_labels import ForkLabel, fork_label, rule, stratified
+from .fork_table import likely_tokens, token_probs
 from .forks import OTHER, Alternative, ForkMap, Position
 from .inside import answers_only, inside_measures
 from .minority import cuts, high_entropy, token_types
@@ -71,17 +72,12 @@ class Corpus:
     def plausible(self, p_min: float) -> list[tuple[int, ...]]:
         """For each token, what could have stood there: the token itself first, then the others above `p_min`."""
         ids, logprob = self.inside[self.at]["top_id"].values[self.rows - 1], self.drawn_from("top_logprob")
-        found = []
-        for own, some, chances in zip(self.batch.ids.tolist(), ids, logprob, strict=True):
-            found.append((own, *(int(t) for t in some[chances > np.log(p_min)] if t != own)))
-        return found
+        rows = zip(self.batch.ids.tolist(), ids, logprob, strict=True)
+        return [likely_tokens(own, some, chances, p_min) for own, some, chances in rows]
 
     def probs(self, place: int, tokens: tuple[int, ...]) -> list[float]:
         """Probabilities of tokens at a place, its own first."""
-        row = self.inside[self.at].isel(token=int(self.rows[place]) - 1)
-        chances = np.exp(row["top_logprob"].values.astype(float))
-        known = dict(zip(row["top_id"].values.tolist(), chances, strict=True))
-        return [float(np.exp(float(row["logprob_nats"]))), *(float(known[t]) for t in tokens[1:])]
+        return token_probs(self.inside, self.at, int(self.rows[place]) - 1, tokens)
 
     def fork(self, place: int, token: int) -> Fork:
         """The fork that puts a token at a place."""

@@ -32,7 +32,7 @@ def shift_drawings(result: Result) -> dict[str, plots.Drawing]:
 
 
 def _word(result: Result, token: int) -> str:
-    table = dict(zip(result["vocab"].values.tolist(), map(str, result["vocab_str"].values), strict=True))
+    table = plots.words_by_id(result["vocab_str"])
     return plots.visible(table.get(token, f"[{token}]"))
 
 

@@ -26,6 +26,7 @@ class Watch:
 
     def __init__(self, page: Any) -> None:
         self.page = page
+        page.set_default_timeout(120_000)  # ms; a page that is drawn in software on a busy machine takes its time
         self.complaints: list[str] = []
         self.requests: list[str] = []
         page.on("console", lambda m: self.complaints.append(m.text) if m.type != "log" else None)
