@@ -221,8 +221,6 @@ def run_jobs(
 
     def serve(request: Forward) -> Trace:
         trace, plan = run_pass(_model_of(request, models), request, batch, memory_limit=memory_limit, progress=bar)
-        if not request.captures:
-            return trace  # no pass ran
         alike = replace(plan, available_bytes=0)
         plans[alike] = replace(plan, passes=plans[alike].passes + 1) if alike in plans else plan
         return trace

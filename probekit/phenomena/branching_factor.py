@@ -10,7 +10,7 @@ import xarray as xr
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, fmt, param, register
-from probekit.core import Base, Capture, Continuation, Forward, ModelInfo, Sampling
+from probekit.core import Base, Capture, Continuation, Forward, ModelInfo, Sampling, Texts
 from probekit.reduce import Nucleus
 from probekit.sampling.drawn import drawn_answers
 from probekit.sampling.factor import LIMIT, SampledAnswers
@@ -118,8 +118,8 @@ class BranchingFactor(Analysis):
     def flow(self, params: Any, info: ModelInfo) -> Flow:
         """Sampled answers, read once more."""
         cut = Capture("logits", Nucleus(params.top_p, params.min_p, params.temperature))
-        prompts = yield Forward((), why="the prompts")
-        bases, answers = yield from drawn_answers(prompts.batch, params.n_samples, params.sampling())
+        prompts = yield Texts()
+        bases, answers = yield from drawn_answers(prompts, params.n_samples, params.sampling())
         inside = yield Forward((cut,), inputs=tuple(b.ids for b in bases), why="cut distributions along the answers")
         return _table(bases, answers, inside[cut], params.n_samples)
 

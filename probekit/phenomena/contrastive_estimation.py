@@ -10,7 +10,7 @@ import xarray as xr
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Result, fmt, param, register
-from probekit.core import Base, Batch, Forward, ModelInfo, TokenText, Trace, token_coords
+from probekit.core import Base, Batch, Forward, ModelInfo, Texts, TokenText, Trace, token_coords
 from probekit.methods.contrastive import answer_begins, scored
 from probekit.sampling import WritingParams, base_answers
 from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, answers_only, inside_drawings, inside_measures
@@ -121,7 +121,7 @@ class ContrastiveEstimation(Analysis):
             bases = _given(params, asked)
             said = [outcome.read("".join(t.strings[b.n_prompt :])) for t, b in zip(asked, bases, strict=True)]
         else:
-            asked = (yield Forward((), why="the prompts")).batch
+            asked = yield Texts()
             bases, answers = yield from base_answers(asked, params.max_tokens, outcome)
             said = [a.outcome for a in answers]
             inside = yield Forward(INSIDE, inputs=tuple(b.ids for b in bases), why="inside the answers")

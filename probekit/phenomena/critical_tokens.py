@@ -10,7 +10,19 @@ import numpy as np
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Result, param, register
-from probekit.core import Base, Batch, Forward, InputError, ModelInfo, Outcome, Request, TextError, TokenText, Trace
+from probekit.core import (
+    Base,
+    Batch,
+    Forward,
+    InputError,
+    ModelInfo,
+    Outcome,
+    Request,
+    TextError,
+    Texts,
+    TokenText,
+    Trace,
+)
 from probekit.methods.two_models import logits_of
 from probekit.sampling import Pattern, WritingParams
 from probekit.sampling.critical import (
@@ -191,7 +203,7 @@ class CriticalTokens(Analysis):
             raise InputError(
                 "critical-tokens counts right ones among continuations; at temperature 0 all are the same."
             )
-        prompts: Batch = (yield Forward((), why="the prompts")).batch
+        prompts: Batch = yield Texts()
         rights = [_right(text, params) for text in prompts]
         looking = Looking(params.tries, params.least_success, params.unfinished, params.sampling(), params.outcome)
         tried = yield from wrong_answers(prompts, rights, looking)

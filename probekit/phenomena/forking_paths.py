@@ -9,7 +9,7 @@ import numpy as np
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Result, fmt, param, register
-from probekit.core import Batch, Branch, Fork, Forward, InputError, ModelInfo
+from probekit.core import Batch, Branch, Fork, Forward, InputError, ModelInfo, Texts
 from probekit.sampling import STRONG, Draws, WritingParams, base_answers, distance, sampled_until
 from probekit.sampling.fork_table import Explored, drawn_at, fork_table, plausible_tokens
 from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, MOST_SHOWN, inside_drawings
@@ -99,8 +99,8 @@ class ForkingPaths(Analysis):
         if params.most < params.n:
             raise InputError(f"most={params.most} is less than the {params.n} continuations of the first round (n).")
         outcome, at = params.outcome, drawn_at(params.temperature)
-        prompts = yield Forward((), why="the prompts")
-        bases, answers = yield from base_answers(prompts.batch, params.max_tokens, outcome)
+        prompts = yield Texts()
+        bases, answers = yield from base_answers(prompts, params.max_tokens, outcome)
         inside = yield Forward(
             (*INSIDE, *([] if at in INSIDE else [at])), inputs=tuple(b.ids for b in bases), why="inside the answers"
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Result, param, register
-from probekit.core import Branch, Forward, InputError, ModelInfo
+from probekit.core import Branch, Forward, InputError, ModelInfo, Texts
 from probekit.sampling import Draws, WritingParams, sampled_until
 from probekit.sampling.drawn import drawn_answers
 from probekit.sampling.fork_table import drawn_at
@@ -139,8 +139,8 @@ class ForkingTokens(Analysis):
         if params.most < params.n:
             raise InputError(f"most={params.most} is less than the {params.n} continuations of the first round (n).")
         outcome, sampling, at = params.outcome, params.sampling(), drawn_at(params.temperature)
-        prompts = yield Forward((), why="the prompts")
-        bases, _ = yield from drawn_answers(prompts.batch, params.answers, sampling)
+        prompts = yield Texts()
+        bases, _ = yield from drawn_answers(prompts, params.answers, sampling)
         captures = tuple(dict.fromkeys((*INSIDE, at)))
         inside = yield Forward(captures, inputs=tuple(b.ids for b in bases), why="inside the answers")
         corpus = Corpus(bases, np.arange(len(bases)) // params.answers, inside, at)

@@ -11,7 +11,7 @@ import xarray as xr
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Result, fmt, param, register
-from probekit.core import Base, Batch, Capture, Forward, ModelInfo, Request, token_coords
+from probekit.core import Base, Batch, Capture, Forward, ModelInfo, Request, Texts, token_coords
 from probekit.methods.concentration import Units, carried
 from probekit.methods.divergences import jensen_shannon, nucleus
 from probekit.methods.shift_table import Along, along, spread, spread_coords
@@ -162,7 +162,7 @@ class ModelShift(Analysis):
 
     def flow(self, params: Any, info: ModelInfo) -> Flow:
         """The model's answers, both models along them, and answers that both write."""
-        prompts = (yield Forward((), why="the prompts")).batch
+        prompts = yield Texts()
         desk = Desk(tuple(text.ids for text in prompts), params.sampling())
         own = yield from desk.answers(params.answers, MODEL)
         bases = [desk.base(answer) for answer in own]
