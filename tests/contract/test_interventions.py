@@ -89,12 +89,12 @@ def test_first_request_is_deterministic_and_hashable(name: str) -> None:
 
 @every_analysis
 def test_plan_tells_about_how_many_passes_there_are(name: str) -> None:
-    """The first plan carries the number; what is run is at most that, and not a small part of it."""
+    """The first plan carries the number; what is run is at most that, and not a small part (rounds of writing aside)."""
     batch, info = CASES[name].texts(), tiny_model("llama-grouped").model.info
     job = Job(analyses()[name], _params(name))
     plan = first_plan([job], info, batch, memory_limit=1 << 30)[0]
     made = sum(p["passes"] for p in usual_result(name).provenance["plan"])
-    assert plan.passes / 2 <= made <= plan.passes, (made, plan.passes)
+    assert made <= plan.passes and (job.analysis.writes or made >= plan.passes / 2), (made, plan.passes)
     assert made == 1 or f"the first of about {plan.passes:,} passes" in str(plan)
 
 
