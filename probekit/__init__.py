@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .analysis import Params as Params
     from .analysis import Result as Result
     from .analysis import Results as Results
+    from .analysis import get_analysis as get_analysis
     from .analysis import load_result as load_result
     from .analysis import load_results as load_results
     from .analysis import param as param
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .core import Add as Add
     from .core import Base as Base
     from .core import Branch as Branch
+    from .core import Cancelled as Cancelled
     from .core import Capture as Capture
     from .core import Fork as Fork
     from .core import Forward as Forward
@@ -57,7 +59,9 @@ if TYPE_CHECKING:
     from .core import Replace as Replace
     from .core import Sampling as Sampling
     from .core import Scale as Scale
+    from .core import Written as Written
     from .demo import demo_texts as demo_texts
+    from .engine import Step as Step
     from .models import open_model as open_model
     from .tuning import Pair as Pair
     from .tuning import tune_pair as tune_pair
@@ -68,6 +72,7 @@ _WHERE = {
     "Analysis": "analysis",
     "Base": "core",
     "Branch": "core",
+    "Cancelled": "core",
     "Capture": "core",
     "Finding": "analysis",
     "Fork": "core",
@@ -86,12 +91,15 @@ _WHERE = {
     "Results": "analysis",
     "Sampling": "core",
     "Scale": "core",
+    "Step": "engine",
     "TokenCard": "cards",
     "TokenCards": "cards",
+    "Written": "core",
     "branch": "api",
     "cache": "activation_cache",
     "demo_texts": "demo",
     "generate": "api",
+    "get_analysis": "analysis",
     "list_analyses": "api",
     "list_models": "api",
     "load_result": "analysis",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,9 +18,10 @@ from probekit.core import (
     InputError,
     Model,
     Patch,
+    Written,
     unknown,
 )
-from probekit.engine import Job, Plan, first_plan, run_jobs
+from probekit.engine import Job, Listener, Plan, first_plan, run_jobs
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -78,7 +79,7 @@ def run(
     chat: Chat = False,
     window: int | None = None,
     memory_limit: int | None = None,
-    progress: bool = True,
+    progress: bool | Listener = True,
     journal: str | Path | None = None,
     models: Mapping[str, Any] | None = None,
     **params: Any,
@@ -97,9 +98,11 @@ def run(
             The template's own special tokens are the only ones.
         window: cut each text into consecutive windows of so many tokens and treat them as texts.
         memory_limit: bytes that may be used above the loaded model; most of the free memory if None.
-        progress: show a progress bar where standard error is a terminal.
-        journal: a file that keeps what the model writes on, continuation by continuation: a run that broke off goes on
-            where it was, and one that wants more samples writes only the new ones.
+        progress: show a progress bar where standard error is a terminal; or a function that is told of every `Step`.
+            What it raises (such as `Cancelled`) ends the run and leaves the model as it was found.
+        journal: a file that keeps what the model writes on, continuation by continuation, and the similarities of
+            embedded texts, request by request: a run that broke off goes on where it was, and one that wants more
+            samples writes only the new ones.
         models: further models by role, for analyses that compare models, such as {"base": "owner/name"}.
         params: parameters of the analyses. `top_k=5` reaches every chosen analysis that has a
             `top_k`; `logit_lens={"top_k": 5}` only that one.
@@ -194,6 +197,7 @@ def generate(
     seed: int = 0,
     bos: BosPolicy = "model",
     chat: Chat = False,
+    listen: Callable[[Written], None] | None = None,
 ) -> Generated:
     """Let a model write on, while patches change activations.
 
@@ -207,6 +211,7 @@ def generate(
         seed: of the draws.
         bos: as in `run`.
         chat: as in `run`; the model then writes its answer.
+        listen: is told of every token as it is written; what it raises (such as `Cancelled`) ends the writing.
 
     Returns:
         The texts written, with log-probability and entropy of every token.
@@ -225,9 +230,8 @@ def generate(
             f"{opened.info.name!r} ({type(opened).__name__}) cannot generate; open a decoder with the native backend, "
             "such as 'smollm2-135m-instruct'."
         )
-    return opened.generate(
-        make_batch(opened, (), texts, bos, None, chat), n_tokens, patches, temperature=temperature, seed=seed
-    )
+    batch = make_batch(opened, (), texts, bos, None, chat)
+    return opened.generate(batch, n_tokens, patches, temperature=temperature, seed=seed, listen=listen)
 
 
 def branch(
@@ -236,7 +240,7 @@ def branch(
     *,
     journal: str | Path | None = None,
     memory_limit: int | None = None,
-    progress: bool = True,
+    progress: bool | Listener = True,
 ) -> Branches:
     """Let a model write on from many places of a text at once; each text is read once, whoever continues it.
 
@@ -246,7 +250,7 @@ def branch(
         journal: a file that keeps every continuation as it is written, so that a broken run goes on where it was, and
             one that wants more samples writes only the new ones.
         memory_limit: bytes that may be used above the loaded model; most of the free memory if None.
-        progress: show a progress bar where standard error is a terminal.
+        progress: as in `run`.
 
     Raises:
         CapabilityError: the model cannot write on from shared prefixes.
@@ -257,13 +261,13 @@ def branch(
         >>> base = Base(model.tokenize(["The capital of France is"]).texts[0].ids, n_prompt=5)  # doctest: +SKIP
         >>> branch(model, Branch((base,), (Fork(0, 5),), n=4)).continuations[0]  # doctest: +SKIP
     """
-    from probekit.engine import Journal, Progress, run_branch
+    from probekit.engine import Journal, Progress, run_branch, told
 
     opened: Any = _open(model)
     if hasattr(opened, "load"):
         opened.load()
     who = str(opened.provenance().get("weights_hash", opened.info.name)) if journal is not None else opened.info.name
-    with Progress(1, shown=progress) as bar, Journal(journal, who) as kept:
+    with Progress(1, **told(progress)) as bar, Journal(journal, who) as kept:
         return run_branch(opened, request, kept, memory_limit=memory_limit, progress=bar)
 
 

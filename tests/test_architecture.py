@@ -54,7 +54,7 @@ PARTS: dict[str, May] = {
     "cards":       May("core analysis engine methods plots",       "models"),
     "token_command": May("cards models"),
     "cli":         May("__init__ core analysis api batches catalog demo models texts reporting token_command tuning"),
-    "__init__":    May("_version",        "core analysis api models demo activation_cache cards toys tuning"),
+    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards toys tuning"),
     "__main__":    May("cli"),
     "_version":    May(),
 }

@@ -4,6 +4,7 @@ from .axes import AXES, check_axes
 from .branching import Base, Branch, Branches, Continuation, Fork, Outcome, Sampling, joined
 from .edits import Add, Edit, KnockOut, Patch, ProjectOut, Replace, Scale, Values, check_patch
 from .errors import (
+    Cancelled,
     CapabilityError,
     ChecksumError,
     InputError,
@@ -17,7 +18,7 @@ from .errors import (
     UnknownName,
     unknown,
 )
-from .generated import Generated
+from .generated import Generated, Written
 from .model import Model, ModelInfo, Progress
 from .points import SITES, Point, Site
 from .requests import (
@@ -50,6 +51,7 @@ __all__ = [
     "BosPolicy",
     "Branch",
     "Branches",
+    "Cancelled",
     "CapabilityError",
     "Capture",
     "Chat",
@@ -98,6 +100,7 @@ __all__ = [
     "VocabularyTable",
     "VocabularyWeights",
     "Weights",
+    "Written",
     "check_axes",
     "check_patch",
     "joined",

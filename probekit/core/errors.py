@@ -10,6 +10,7 @@
     │   ├── CapabilityError a model asked for something it cannot do
     │   └── SelfCheckError  the backend's numbers contradict the model's own
     ├── PlanError           a run that does not fit (MemoryError)
+    ├── Cancelled           a run that its user ended
     └── StoreError          a file of results that cannot be written or read (OSError)
 
 Each message says what was found, what was expected and what to do next.
@@ -55,6 +56,10 @@ class CapabilityError(ModelError):
 
 class SelfCheckError(ModelError):
     """What the backend captures contradicts what the model computes."""
+
+
+class Cancelled(ProbekitError):
+    """The user ended a run; nothing is lost but what was under way."""
 
 
 class PlanError(ProbekitError, MemoryError):

@@ -12,6 +12,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Written:
+    """One token, just written.
+
+    Args:
+        text: corpus index of its text.
+        id: the token.
+        shown: what it shows as.
+        logprob_nats: its log-probability at temperature 1.
+        entropy_nats: of the distribution it was drawn from, at temperature 1.
+    """
+
+    text: int
+    id: int
+    shown: str
+    logprob_nats: float
+    entropy_nats: float
+
+
+@dataclass(frozen=True)
 class Generated:
     """Texts with their continuations.
 

@@ -4,15 +4,17 @@ from .branches import run_branch
 from .journal import Journal
 from .lockstep import run_flows, union
 from .plan import Plan, available_memory, human, make_plan
-from .progress import Progress
+from .progress import Listener, Progress, Step, told
 from .run import Job, check_texts, first_plan, run_jobs, run_pass
 from .store import load_trace, save_trace
 
 __all__ = [
     "Job",
     "Journal",
+    "Listener",
     "Plan",
     "Progress",
+    "Step",
     "available_memory",
     "check_texts",
     "first_plan",
@@ -24,5 +26,6 @@ __all__ = [
     "run_jobs",
     "run_pass",
     "save_trace",
+    "told",
     "union",
 ]

@@ -34,7 +34,7 @@ from .journal import Journal
 from .lockstep import run_flows, union
 from .look_up import answer
 from .plan import Plan, make_plan
-from .progress import Progress
+from .progress import Listener, Progress, told
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def run_jobs(
     batch: Batch,
     *,
     memory_limit: int | None = None,
-    progress: bool = False,
+    progress: bool | Listener = False,
     corpus: Mapping[str, Any] | None = None,
     journal: str | Path | None = None,
     others: Mapping[str, Model] | None = None,
@@ -202,7 +202,7 @@ def run_jobs(
         model: the model.
         batch: the texts.
         memory_limit: bytes that may be used above the loaded model.
-        progress: show a bar on standard error where that is a terminal.
+        progress: show a bar on standard error where that is a terminal; or what is told of every `Step` instead.
         corpus: where the texts come from, for the record.
         journal: a file that keeps continuations and similarities as they are found, so that a run that broke off can go on.
         others: further models by role, for analyses that compare models; they read the same token ids.
@@ -236,7 +236,7 @@ def run_jobs(
 
     flows = {job.analysis.name: job.analysis.flow(job.params, model.info) for job in jobs}
     with ExitStack() as stack:
-        bar = stack.enter_context(Progress(count_passes(jobs, model.info, batch), shown=progress))
+        bar = stack.enter_context(Progress(count_passes(jobs, model.info, batch), **told(progress)))
         kept = {role: stack.enter_context(Journal(journal, _who(m, journal))) for role, m in models.items()}
         datasets = run_flows(flows, serve, write, look_up)
     provenance = {

@@ -2,6 +2,7 @@
 
 from .charts import bars, dots, histogram
 from .curves import lines
+from .dark import DARK_DIVERGING, DARK_SEQUENTIAL, on_dark
 from .figure import Drawing, Drawings, Figure, Quantity, Scale, TokenStrip
 from .heatmaps import heatmap
 from .page import figure_json, plotly_js
@@ -12,6 +13,8 @@ from .theme import DIVERGING, PALETTE, PLOT_CONFIG, SEQUENTIAL, UNDEFINED
 from .words import next_words, words_by_id
 
 __all__ = [
+    "DARK_DIVERGING",
+    "DARK_SEQUENTIAL",
     "DIVERGING",
     "PALETTE",
     "PLOT_CONFIG",
@@ -31,6 +34,7 @@ __all__ = [
     "histogram",
     "lines",
     "next_words",
+    "on_dark",
     "plotly_js",
     "scatter",
     "stream",

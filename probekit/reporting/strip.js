@@ -1,9 +1,12 @@
 // Draws one token strip into `root`. Tokens are untrusted: they reach the page through textContent only.
-function probekitStrip(root, data) {
+// Options: `selected` (a token that is marked), `onSelect(i)` (a token was clicked, or Enter pressed on it), `picked`
+// (the quantity that is shown first) and `onPick(k)`.
+function probekitStrip(root, data, given) {
   "use strict";
+  const options = given ?? {};
   const GLYPHS = { " ": "·", "\n": "↵", "\t": "⇥", "\r": "␍" };
   let picked = 0;
-  let current = 0;
+  let current = options.selected ?? 0;
 
   function make(tag, className, text) {
     const node = document.createElement(tag);
@@ -67,7 +70,8 @@ function probekitStrip(root, data) {
   const spans = data.tokens.map((token, i) => {
     const span = make("span", "pk-strip-token");
     span.dataset.i = i;
-    span.tabIndex = i === 0 ? 0 : -1;
+    span.tabIndex = i === (options.selected ?? 0) ? 0 : -1;
+    if (i === options.selected) span.dataset.selected = "";
     writeToken(span, token);
     return span;
   });
@@ -95,7 +99,10 @@ function probekitStrip(root, data) {
   const buttons = data.quantities.map((quantity, k) => {
     const button = choices.appendChild(make("button", "", quantity.label));
     button.type = "button";
-    button.addEventListener("click", () => pick(k));
+    button.addEventListener("click", () => {
+      pick(k);
+      options.onPick?.(k);
+    });
     return button;
   });
   const legend = make("div", "pk-strip-legend");
@@ -164,10 +171,18 @@ function probekitStrip(root, data) {
   body.addEventListener("focusin", (event) => tokenOf(event) && showTip(tokenOf(event)));
   body.addEventListener("focusout", () => (tip.hidden = true));
   body.addEventListener("scroll", () => (tip.hidden = true));
-  body.addEventListener("click", (event) => tokenOf(event) && moveTo(Number(tokenOf(event).dataset.i)));
+  body.addEventListener("click", (event) => {
+    if (!tokenOf(event)) return;
+    moveTo(Number(tokenOf(event).dataset.i));
+    options.onSelect?.(current);
+  });
   body.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (event.key === "Escape") tip.hidden = true;
+    if (options.onSelect && (event.key === "Enter" || event.key === " ")) {
+      event.preventDefault();
+      options.onSelect(current);
+    }
     if (step === undefined) return;
     event.preventDefault();
     moveTo(Math.min(spans.length - 1, Math.max(0, current + step)));
@@ -184,5 +199,5 @@ function probekitStrip(root, data) {
   bar.append(choices, legend);
   root.classList.add("pk-strip");
   root.replaceChildren(bar, body, tip);
-  pick(0);
+  pick(options.picked ?? 0);
 }

@@ -7,7 +7,7 @@ positions a step shows: the prompt at once, then one token after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from probekit.core import (
     Patch,
     TextError,
     TokenText,
+    Written,
     check_patch,
     token_coords,
 )
@@ -50,6 +51,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     cached: bool = True,
+    listen: Callable[[Written], None] | None = None,
 ) -> Generated:
     """Continue each text by up to `n_tokens`, stopping after an end token.
 
@@ -65,6 +67,7 @@ def generate(
         temperature: 0 takes the most probable token; otherwise tokens are drawn from softmax(logits / temperature).
         seed: of the draws. A text's draws depend on the seed and its corpus index, not on the texts beside it.
         cached: whether keys and values of earlier tokens are kept; without, each step runs the whole text again.
+        listen: is told of every token as it is written; what it raises ends the writing.
 
     Raises:
         InputError: a number out of bounds, or a patch that does not fit, also where values have a row per token.
@@ -98,6 +101,8 @@ def generate(
                 token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=draws))
             ids.append(token)
             numbers.append((float(log_p[token]), float(torch.special.entr(log_p.exp()).sum())))
+            if listen is not None:
+                listen(Written(text, token, model.decode([token])[0], *numbers[-1]))
             if token in ends:
                 break
         ended.append(ids[-1] in ends)

@@ -309,14 +309,11 @@ class TransformersModel:
         batch: Batch,
         n_tokens: int,
         patches: Sequence[Patch] = (),
-        *,
-        temperature: float = 0.0,
-        seed: int = 0,
-        cached: bool = True,
+        **options: Any,
     ) -> Generated:
         """Continue each text, while patches change activations; see `generation.generate`."""
         with self._lock:
-            return generate(self, batch, n_tokens, patches, temperature=temperature, seed=seed, cached=cached)
+            return generate(self, batch, n_tokens, patches, **options)
 
     def branch(self, request: Branch, done: Done, *, memory_limit: int, there: There | None = None) -> None:
         """Write continuations of shared prefixes; see `branching.write_branches`."""

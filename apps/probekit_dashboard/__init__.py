@@ -1,0 +1,1 @@
+"""The dashboard: layout over probekit's public names."""

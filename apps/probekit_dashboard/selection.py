@@ -1,0 +1,94 @@
+"""What is looked at: a text in a model, one token, one layer, one head. It lives in the URL, so that links reopen it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from .prepared import PREPARED
+
+LONGEST_LINK = 6000  # characters of a URL that browsers and proxies let through
+LONGEST_TEXT = 200_000  # characters that a link may unpack to
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The view that all pages share.
+
+    Args:
+        model: what `pk.open_model` takes.
+        text: the text itself.
+        prepared: name of the prepared text that it is; "" for one of the reader's own.
+        token: position of the selected token.
+        layer: the selected block; negative from the end.
+        head: the selected head.
+        by: the quantity that colours the spine; "" for the first.
+    """
+
+    model: str
+    text: str
+    prepared: str = ""
+    token: int = 0
+    layer: int = -1
+    head: int = 0
+    by: str = ""
+
+    def to_query(self) -> dict[str, str]:
+        """The view as parameters of a URL; a text that is too long for one is left out."""
+        found = {k: str(v) for k, v in asdict(self).items() if k not in ("text", "prepared") and v != ""}
+        if self.prepared:
+            return found | {"text": self.prepared}
+        packed = base64.urlsafe_b64encode(zlib.compress(self.text.encode("utf-8", "surrogatepass"), 9)).decode()
+        return found | ({"own": packed} if len(packed) <= LONGEST_LINK else {})
+
+    def within(self, n_tokens: int, n_layers: int, n_heads: int) -> Selection:
+        """The selection moved to what there is."""
+        layer = self.layer if self.layer >= 0 else n_layers + self.layer
+        return replace(
+            self,
+            token=min(max(self.token, 0), n_tokens - 1),
+            layer=min(max(layer, 0), n_layers - 1),
+            head=min(max(self.head, 0), n_heads - 1),
+        )
+
+
+def from_query(query: Mapping[str, str], default_model: str) -> tuple[Selection, str]:
+    """The view that a URL asks for, and what could not be read of it ("" if all could)."""
+    wrong = []
+    prepared = query.get("text", "")
+    if prepared and prepared not in PREPARED:
+        wrong.append(f"there is no prepared text {prepared!r}")
+        prepared = ""
+    text = ""
+    if not prepared and query.get("own"):
+        try:
+            text = _unpacked(query["own"])
+        except ValueError:
+            wrong.append("its text is damaged")
+    if not text:
+        prepared = prepared or next(iter(PREPARED))
+        text = PREPARED[prepared].text
+    numbers = {}
+    usual = {"token": PREPARED[prepared].token if prepared else 0, "layer": -1, "head": 0}
+    for name, default in usual.items():
+        try:
+            numbers[name] = int(query.get(name, default))
+        except ValueError:
+            numbers[name] = default
+            wrong.append(f"{name}={query[name]!r} is no number")
+    found = Selection(query.get("model") or default_model, text, prepared, by=query.get("by", ""), **numbers)
+    return found, f"This link could not be read in full: {'; '.join(wrong)}." if wrong else ""
+
+
+def _unpacked(packed: str) -> str:
+    try:
+        stream = zlib.decompressobj()
+        raw = stream.decompress(base64.urlsafe_b64decode(packed.encode("ascii")), 4 * LONGEST_TEXT)
+        if stream.unconsumed_tail:
+            raise ValueError("too long")
+        return raw.decode("utf-8", "surrogatepass")
+    except (binascii.Error, zlib.error, UnicodeError) as error:
+        raise ValueError(str(error)) from error
