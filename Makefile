@@ -1,12 +1,13 @@
-# Two commands for users (demo, test), three for those who change the code (check, format, notebooks).
+# Three commands for users (app, demo, test), three for those who change the code (check, format, notebooks).
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check format benchmark clean help
+.PHONY: app demo test check format benchmark clean help
 
 help:
 	@echo "make demo    set up, fetch the embedded model, run every analysis, write reports/demo/report.html"
+	@echo "make app     set up, fetch the embedded model, explore it in the browser"
 	@echo "make test    set up, lint, check types, run all tests"
 	@echo "make check   lint and types only"
 	@echo "make benchmark  measure what capture costs, beside TransformerLens and nnsight (half an hour)"
@@ -14,6 +15,9 @@ help:
 
 demo: $(VENV)/.base
 	$(PY) -m probekit demo
+
+app: $(VENV)/.app
+	$(PY) -m probekit app
 
 test: $(VENV)/.dev
 	$(MAKE) check
@@ -37,9 +41,13 @@ $(VENV)/.base: $(PY) pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e .
 	@touch $@
 
+$(VENV)/.app: $(PY) pyproject.toml constraints.txt
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[app]"
+	@touch $(VENV)/.base $@
+
 $(VENV)/.dev: $(PY) pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
-	@touch $(VENV)/.base $@
+	@touch $(VENV)/.base $(VENV)/.app $@
 
 benchmark: $(VENV)/.base
 	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[compare]"

@@ -1,4 +1,4 @@
-"""The command line: demo, list, models, run, token, tune-pair."""
+"""The command line: app, demo, list, models, run, token, tune-pair."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 
 from probekit import __version__
 from probekit.analysis import Analysis, ParamSpec, analyses, get_analyses, load_file, strongest
+from probekit.app_command import app_command
 from probekit.core import Batch, Chat, InputError, ProbekitError
 from probekit.token_command import token_command
 
@@ -391,6 +392,7 @@ def demo_command(out: Path) -> None:
 
 
 cli.add_command(token_command)
+cli.add_command(app_command)
 
 
 def main() -> None:

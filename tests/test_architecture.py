@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import probekit
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "probekit"
 LONGEST = 400  # lines of a file
@@ -53,7 +55,8 @@ PARTS: dict[str, May] = {
     "tuning":      May("core engine analysis sampling _version",   "backends catalog models batches"),
     "cards":       May("core analysis engine methods plots",       "models"),
     "token_command": May("cards models"),
-    "cli":         May("__init__ core analysis api batches catalog demo models texts reporting token_command tuning"),
+    "app_command": May("core"),
+    "cli":         May("__init__ core analysis api app_command batches catalog demo models texts reporting token_command tuning"),
     "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards toys tuning"),
     "__main__":    May("cli"),
     "_version":    May(),
@@ -70,7 +73,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "huggingface_hub":       ("catalog",),
     "plotly":                ("plots",),
     "jinja2":                ("reporting",),
-    "click":                 ("cli", "token_command"),
+    "click":                 ("cli", "app_command", "token_command"),
     "zarr":                  ("core/storage",),
     "streamlit":             (),
     "tests":                 (),
@@ -94,9 +97,9 @@ class Import:
     lazy: bool
 
 
-def imports_of(source: str, place: str) -> Iterator[Import]:
-    """Every module that a source imports; `place` is its path within the package, such as `core/text`."""
-    package = ["probekit", *place.split("/")[:-1]]
+def imports_of(source: str, place: str, root: str = "probekit") -> Iterator[Import]:
+    """Every module that a source imports; `place` is its path within the package `root`, such as `core/text`."""
+    package = [root, *place.split("/")[:-1]]
 
     def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -198,9 +201,47 @@ def test_a_forbidden_import_is_noticed(place: str, source: str, fault: str) -> N
     assert len(found) == 1 and fault in found[0], found
 
 
+# What the dashboard may name of the package, and libraries that it may not.
+PUBLIC = ("plots", "stats", "reporting", "sampling")
+BEHIND = ("torch", "transformers", "sentence_transformers", "plotly", "nnsight", "transformer_lens", "zarr", "sklearn")
+
+
+def dashboard_faults(source: str) -> list[str]:
+    """What a file of the dashboard does that layout does not need: inner parts of the package, or HTML of unknown text."""
+    found = []
+    for imported in imports_of(source, "x", "probekit_dashboard"):
+        head, *rest = imported.module.split(".")
+        if head in BEHIND:
+            found.append(f"names {head}")
+        known = not rest or rest[0] in PUBLIC or rest[0] in probekit.__all__
+        if head == "probekit" and (not known or (len(rest) > 1)):
+            found.append(f"imports {imported.module}")
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        unsafe = any(k.arg == "unsafe_allow_html" for k in node.keywords) or ast.unparse(node.func) == "st.html"
+        if unsafe and not (node.args and isinstance(node.args[0], ast.Constant)):
+            found.append(f"line {node.lineno} makes HTML of text that is not constant")
+    return found
+
+
+def test_the_dashboard_is_layout_over_public_names() -> None:
+    paths = sorted((ROOT / "apps").rglob("*.py"))
+    assert len(paths) > 10
+    found = {str(p.relative_to(ROOT)): dashboard_faults(p.read_text(encoding="utf-8")) for p in paths}
+    assert not {p: some for p, some in found.items() if some}
+    forged = (
+        "import torch\nfrom probekit.engine import Job\nst.html(text)\nst.markdown(f'{t}', unsafe_allow_html=True)\n"
+    )
+    assert len(dashboard_faults(forged)) == 4
+    assert not dashboard_faults(
+        "import probekit as pk\nfrom probekit import plots\nst.markdown('<hr>', unsafe_allow_html=True)"
+    )
+
+
 def test_files_are_short() -> None:
     """No file of the package or of its tests is longer than a reader can hold."""
-    paths = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    paths = [*PACKAGE.rglob("*.py"), *(ROOT / "apps").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in paths}
     assert not {p: n for p, n in lines.items() if n > LONGEST}
 
