@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .api import report as report
     from .api import result_of as result_of
     from .api import run as run
+    from .cards import TokenBook as TokenBook
     from .cards import TokenCard as TokenCard
     from .cards import TokenCards as TokenCards
     from .cards import token_card as token_card
@@ -61,10 +62,18 @@ if TYPE_CHECKING:
     from .core import Scale as Scale
     from .core import Written as Written
     from .demo import demo_texts as demo_texts
+    from .effects import Effect as Effect
+    from .effects import difference_of_means as difference_of_means
+    from .effects import effect as effect
     from .engine import Step as Step
+    from .engine import share_tokenizer as share_tokenizer
     from .models import open_model as open_model
+    from .shifts import Shift as Shift
+    from .shifts import shift as shift
     from .tuning import Pair as Pair
     from .tuning import tune_pair as tune_pair
+    from .writes import Writes as Writes
+    from .writes import sublayer_writes as sublayer_writes
 
 _WHERE = {
     "ActivationCache": "activation_cache",
@@ -74,6 +83,7 @@ _WHERE = {
     "Branch": "core",
     "Cancelled": "core",
     "Capture": "core",
+    "Effect": "effects",
     "Finding": "analysis",
     "Fork": "core",
     "Forward": "core",
@@ -91,13 +101,18 @@ _WHERE = {
     "Results": "analysis",
     "Sampling": "core",
     "Scale": "core",
+    "Shift": "shifts",
     "Step": "engine",
+    "TokenBook": "cards",
     "TokenCard": "cards",
     "TokenCards": "cards",
+    "Writes": "writes",
     "Written": "core",
     "branch": "api",
     "cache": "activation_cache",
     "demo_texts": "demo",
+    "difference_of_means": "effects",
+    "effect": "effects",
     "generate": "api",
     "get_analysis": "analysis",
     "list_analyses": "api",
@@ -111,6 +126,9 @@ _WHERE = {
     "report": "api",
     "result_of": "api",
     "run": "api",
+    "share_tokenizer": "engine",
+    "shift": "shifts",
+    "sublayer_writes": "writes",
     "token_card": "cards",
     "tune_pair": "tuning",
 }

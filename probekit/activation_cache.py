@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from probekit.core import SITES, Batch, BosPolicy, Capture, Forward, InputError, Patch, Point, TextError, UnknownName
-from probekit.engine import human, run_pass
+from probekit.engine import Listener, Progress, human, run_pass, told
 from probekit.reduce import Keep, Maps
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def cache(
     patches: Sequence[Patch] = (),
     bos: BosPolicy = "model",
     memory_limit: int | None = None,
+    progress: bool | Listener = True,
 ) -> ActivationCache:
     """Run one text and keep its raw activations, in float32.
 
@@ -42,6 +43,7 @@ def cache(
         patches: what is changed on the way.
         bos: as in `run`.
         memory_limit: bytes that may be used above the loaded model; most of the free memory if None.
+        progress: as in `run`.
 
     Returns:
         Arrays by point: `cache["resid_post", 3]`, `cache["resid_post", -1]`, `cache["blocks.3.hook_resid_post"]`.
@@ -68,7 +70,8 @@ def cache(
     if hasattr(opened, "load"):
         opened.load()
     request = Forward(tuple(captures.values()), tuple(patches))
-    trace, _ = run_pass(opened, request, batch, memory_limit=memory_limit)
+    with Progress(**told(progress)) as bar:
+        trace, _ = run_pass(opened, request, batch, memory_limit=memory_limit, progress=bar)
     arrays: dict[Point, xr.DataArray] = {}
     for point, capture in captures.items():
         values = trace[capture]["value"]

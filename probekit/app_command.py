@@ -17,6 +17,7 @@ _SETTINGS = {
     "client.toolbarMode": "minimal",
     "client.showErrorDetails": "none",  # readers get sentences; the terminal holds the rest
     "server.maxUploadSize": "20",  # MB
+    "server.fileWatcherType": "none",  # classes that are loaded twice would not know one another
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +27,12 @@ from probekit.core import (
 from probekit.engine import run_pass
 from probekit.engine.look_up import answer
 from probekit.methods.repeating import FAMILIES, prompts, written
-from probekit.methods.token_categories import OK, categories, is_byte_level, token_bytes
-from probekit.methods.undertrained import indicators, reference_set, unit
+from probekit.methods.token_categories import categories, is_byte_level, token_bytes
+from probekit.methods.token_rows import Neighbour, Placed, TokenRows
 from probekit.plots import visible
 
 _STEPS, _TRIALS = 3, 6  # of the behavioural verification, as undertrained-tokens has them
 _NOT_WRITTEN = 0.01
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A number, and where it lies in the vocabulary.
-
-    Args:
-        value: the number.
-        percentile: per cent of the ordinary tokens whose number is at most this one.
-    """
-
-    value: float
-    percentile: float
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A token whose unembedding row points the same way.
-
-    Args:
-        token: its id.
-        shown: what it shows as.
-        cosine: of the two rows.
-    """
-
-    token: int
-    shown: str
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -207,34 +179,90 @@ def token_card(
     Example:
         >>> token_card("smollm2-135m-instruct", 36744)  # doctest: +SKIP
     """
-    from probekit.models import open_model
-
-    opened = open_model(model, lazy=True)
-    table: VocabularyTable = answer(opened, Vocabulary())
+    book = TokenBook(model)
     several = isinstance(token, Sequence) and not isinstance(token, str)
     wanted: list[Any] = list(token) if isinstance(token, Sequence) and not isinstance(token, str) else [token]
-    ids = [i for one in wanted for i in _ids_of(one, table, opened)]
+    ids = [i for one in wanted for i in book.ids(one)]
     if not ids:
         raise InputError("No token was named.")
     stored = [(Path(folder), load_results(folder)) for folder in results]
     for folder, found in stored:
         for result in found.values():
-            _check_same(result, opened, folder)
-    kinds = categories(table)
-    known = _Rows.of(_weights(opened), table, kinds)
-    asked = _converse(opened, _written(table, kinds, ids)) if verify else None
+            _check_same(result, book.model, folder)
+    asked = _converse(book.model, _written(book.table, book.kinds, ids)) if verify else None
     cards = TokenCards(
-        TokenCard(
-            **_spelling(opened, table, kinds, i),
-            numbers=known.placed(i),
-            reference=known.reference,
-            neighbours=known.neighbours(i, table, n_neighbours),
+        replace(
+            book.card(i, n_neighbours=n_neighbours),
             written=None if asked is None else dict(zip(FAMILIES, map(float, asked[place]), strict=True)),
             stored=tuple(_facts(r, str(folder), i) for folder, rs in stored for r in rs.values() if _by_token(r)),
         )
         for place, i in enumerate(ids)
     )
     return cards if several or len(cards) > 1 else cards[0]
+
+
+class TokenBook:
+    """A model's vocabulary, read once: each card of it then takes a moment. Holds the unembedding in float32.
+
+    Loads no weights where they can be read off safetensors files.
+
+    Args:
+        model: an opened model, or anything that `open_model` takes.
+
+    Raises:
+        CapabilityError: the model shows no vocabulary.
+
+    Example:
+        >>> TokenBook("smollm2-135m-instruct").card(36744)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Any) -> None:
+        from probekit.models import open_model
+
+        self.model: Model = open_model(model, lazy=True)
+        self.table: VocabularyTable = answer(self.model, Vocabulary())
+        self.kinds = categories(self.table)
+        self._rows = TokenRows.of(_weights(self.model), self.table, self.kinds)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that its arrays take."""
+        return self._rows.nbytes
+
+    def ids(self, token: int | str) -> list[int]:
+        """An id itself; the ids that decode to exactly this text; or else what the text encodes to.
+
+        Raises:
+            InputError: there is no such token.
+        """
+        return _ids_of(token, self.table, self.model)
+
+    def texts(self, ids: Iterable[int]) -> list[str]:
+        """What each of these ids decodes to in the middle of a text, as it is: untrusted, whatever it holds."""
+        return [self.table.decoded[i] for i in ids]
+
+    def card(self, token: int, *, n_neighbours: int = 8) -> TokenCard:
+        """What is known of one token without asking the model.
+
+        Args:
+            token: an id.
+            n_neighbours: tokens with the largest cosine to name.
+
+        Raises:
+            InputError: there is no such id.
+        """
+        (token,) = _ids_of(int(token), self.table, self.model)
+        return TokenCard(
+            **_spelling(self.model, self.table, self.kinds, token),
+            numbers=self._rows.placed(token),
+            reference=self._rows.reference,
+            neighbours=self._rows.neighbours(token, self.table, n_neighbours),
+            written=None,
+            stored=(),
+        )
 
 
 def _spelling(model: Model, table: VocabularyTable, kinds: np.ndarray, token: int) -> dict[str, Any]:
@@ -278,49 +306,6 @@ def _weights(model: Model) -> VocabularyWeights | None:
     except CapabilityError:
         return None
     return found
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What the weights say of every token, worked out once for all cards."""
-
-    values: Mapping[str, np.ndarray]
-    ordinary: np.ndarray
-    rows: np.ndarray | None
-    exists: np.ndarray
-    reference: str
-
-    @classmethod
-    def of(cls, weights: VocabularyWeights | None, table: VocabularyTable, kinds: np.ndarray) -> _Rows:
-        exists = np.array([bool(p) for p in table.pieces])
-        if weights is None:
-            return cls({}, kinds == OK, None, exists, "")
-        values = {} if weights.tied else {"embedding norm": np.linalg.norm(weights.embedding, axis=1)}
-        values["row norm" if weights.tied else "unembedding norm"] = np.linalg.norm(weights.unembedding, axis=1)
-        try:
-            reference = reference_set(table, kinds, weights.unembedding)
-        except InputError:
-            return cls(values, kinds == OK, weights.unembedding, exists, "")
-        found = {n: v for n, v in indicators(weights, reference).items() if n != "input norm"}  # shown as a norm
-        about = f"{len(reference.ids)} {reference.why}"
-        return cls(values | found, kinds == OK, weights.unembedding, exists, about)
-
-    def placed(self, token: int) -> dict[str, Placed]:
-        some = {name: (float(v[token]), v[self.ordinary]) for name, v in self.values.items()}
-        return {
-            n: Placed(v, float(100 * (all_ <= v).mean()) if all_.size else float("nan"))
-            for n, (v, all_) in some.items()
-        }
-
-    def neighbours(self, token: int, table: VocabularyTable, n: int) -> tuple[Neighbour, ...]:
-        if self.rows is None:
-            return ()
-        rows = self.rows
-        norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
-        cosine = np.where(self.exists, rows @ unit(rows[token]).astype(np.float32) / norms, -np.inf)
-        cosine[token] = -np.inf
-        order = [int(i) for i in np.argsort(-cosine, kind="stable")[:n] if np.isfinite(cosine[i])]
-        return tuple(Neighbour(i, table.shown[i], float(cosine[i])) for i in order)
 
 
 def _written(table: VocabularyTable, kinds: np.ndarray, ids: list[int]) -> Generator[Request, Any, np.ndarray]:

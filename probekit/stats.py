@@ -73,6 +73,26 @@ def text_mean(values: np.ndarray, n_unit: str = "texts") -> Estimate:
     return ratio(np.nan_to_num(values), np.isfinite(values).astype(float), n_unit)
 
 
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """`other` minus `one`, of independent units; its interval is recovered from theirs.
+
+    With estimates a, b and their ends, the lower end is b - a - sqrt((b - b_low)² + (a_high - a)²), the upper one
+    likewise (Zou and Donner 2008, Statistics in Medicine 27, the method of variance estimates recovery). Where units are
+    paired or alike, the interval is too wide. None where one of them has no interval.
+
+    Args:
+        one: what is subtracted.
+        other: what it is subtracted from.
+    """
+    value, n = other.value - one.value, min(one.n, other.n)
+    if one.ci95 is None or other.ci95 is None:
+        return Estimate(value, None, n, other.n_unit)
+    (a_low, a_high), (b_low, b_high) = one.ci95, other.ci95
+    low = float(np.hypot(other.value - b_low, a_high - one.value))
+    high = float(np.hypot(b_high - other.value, one.value - a_low))
+    return Estimate(value, (value - low, value + high), n, other.n_unit)
+
+
 def units(texts: np.ndarray, pos: np.ndarray) -> tuple[np.ndarray, str]:
     """The unit that each token belongs to, and what the units are called.
 

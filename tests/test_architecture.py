@@ -49,6 +49,9 @@ PARTS: dict[str, May] = {
     "phenomena":   May("core reduce plots stats methods sampling analysis"), # and never one another
     "reporting":   May("core analysis plots"),
     "activation_cache": May("core reduce engine",                  "models"),
+    "effects":     May("core reduce engine methods",               "models"),
+    "writes":      May("core reduce engine",                       "models"),
+    "shifts":      May("core reduce engine methods",               "models"),
     "models":      May("core catalog",                             "backends"),
     "batches":     May("core engine"),
     "api":         May("core analysis engine batches",                     "models catalog reporting"),
@@ -57,7 +60,7 @@ PARTS: dict[str, May] = {
     "token_command": May("cards models"),
     "app_command": May("core"),
     "cli":         May("__init__ core analysis api app_command batches catalog demo models texts reporting token_command tuning"),
-    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards toys tuning"),
+    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards effects toys tuning writes shifts"),
     "__main__":    May("cli"),
     "_version":    May(),
 }

@@ -225,7 +225,7 @@ def look() -> Seen | None:
         assert isinstance(results, pk.Results)
         return results
 
-    results = computed("core", "Reading the text", key_of("core", now.model, now.text), do)
+    results = computed("core", "Reading the text", key_of("core", now.model, now.text), do, wait=True)
     if results is None:
         return None
     sizes = results["attention-sinks"].dataset.sizes

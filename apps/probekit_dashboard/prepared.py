@@ -27,7 +27,7 @@ class Prepared:
 PREPARED: dict[str, Prepared] = {
     "capital": Prepared(
         "A fact", "See where the answer appears: select the last token and read the lens from below.",
-        "The capital of Germany is Berlin. The capital of Italy is Rome. The capital of France is", 17, "lens",
+        "The capital of Germany is Berlin. The capital of Italy is Rome. The capital of France is", 18, "lens",
     ),
     "list": Prepared(
         "A list that repeats", "Surprisal falls at the second round: the model copies what followed last time.",

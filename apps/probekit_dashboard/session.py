@@ -32,13 +32,17 @@ def _release(model: Any) -> None:
 
 
 @st.cache_resource(max_entries=MOST_MODELS, show_spinner=False, on_release=_release)
-def opened(spec: str) -> Any:
+def opened(spec: str, dtype: str | None = None) -> Any:
     """A model by its name; its weights are loaded by the first run.
+
+    Args:
+        spec: what `pk.open_model` takes.
+        dtype: of the weights; as stored if None, which is then left out of the call: arguments are the key of the cache.
 
     Raises:
         ProbekitError: it cannot be opened.
     """
-    return pk.open_model(spec, lazy=True)
+    return pk.open_model(spec, dtype=dtype, lazy=True)
 
 
 class Kept:
@@ -121,7 +125,7 @@ def write_url() -> None:
         st.query_params.from_dict(wanted)
 
 
-def computed(place: str, label: str, key: str, do: Callable[[Any], Any]) -> Any:
+def computed(place: str, label: str, key: str, do: Callable[[Any], Any], *, wait: bool = False) -> Any:
     """What a long computation gives, or None while it runs, was cancelled, or failed; says so on the page.
 
     The result is kept for all sessions under `key`. Starts the computation if nobody has done it; use `started` beside a
@@ -132,6 +136,8 @@ def computed(place: str, label: str, key: str, do: Callable[[Any], Any]) -> Any:
         label: what it is, for the progress bar.
         key: everything that the result depends on, as `key_of` makes it.
         do: gets a function to report steps to, and returns the result.
+        wait: whether the page has nothing to show without it, and its script waits; whatever the reader does meanwhile
+            interrupts the waiting, not the work.
     """
     found = kept().get(key)
     if found is not None:
@@ -141,6 +147,8 @@ def computed(place: str, label: str, key: str, do: Callable[[Any], Any]) -> Any:
     if work is None or getattr(work, "key", None) != key:
         work = start(place, label, key, do)
         work.wait(0.15)
+    if wait:
+        _wait(place, work)
     return _watched(place, work)
 
 
@@ -166,6 +174,21 @@ def awaited(place: str, key: str) -> Any:
         return found
     work = works().get(place)
     return None if work is None or getattr(work, "key", None) != key else _watched(place, work)
+
+
+def _wait(place: str, work: Work) -> None:
+    """Hold the script until the work has ended, with a bar and a button that cancels it."""
+    room = st.empty()
+    if work.running:
+        with room.container():
+            left, right = st.columns([6, 1], vertical_alignment="center")
+            bar = left.empty()
+            if right.button("Cancel", key=f"{place}-cancel", width="stretch"):
+                work.cancel()
+            while work.running:
+                bar.progress(work.share or 0.0, text=work.line)
+                work.wait(0.1)
+    room.empty()
 
 
 def _watched(place: str, work: Work) -> Any:

@@ -29,7 +29,7 @@ class Work:
         self.outcome: Any = None
         self.error: str = ""
         self.cancelled = False
-        self.started = time.monotonic()
+        self.started = self._since = time.monotonic()
         self.ended: float | None = None
         self._stop = threading.Event()
         self._do = do
@@ -37,6 +37,8 @@ class Work:
         self._thread.start()
 
     def _tell(self, step: pk.Step) -> None:
+        if (step.unit, step.total) != (self.step.unit, self.step.total) or step.done < self.step.done:
+            self._since = time.monotonic()
         self.step = step
         if self._stop.is_set():
             raise pk.Cancelled("The run was cancelled.")
@@ -85,7 +87,8 @@ class Work:
         step = self.step
         if not step.total:
             return f"{self.label}: {step.what or 'starting'} · {self.seconds:.0f} s"
-        left = "" if not step.done else f" · about {self.seconds * (step.total - step.done) / step.done:.0f} s left"
+        spent = (self.ended or time.monotonic()) - self._since  # on what is counted now
+        left = "" if not step.done else f" · about {spent * (step.total - step.done) / step.done:.0f} s left"
         return f"{self.label}: {step.what}, {step.done:,.0f} of {step.total:,.0f} {step.unit}{left}"
 
     def cancel(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probekit.core import InputError, StoreError, unknown
+from probekit.core import InputError, ProbekitError, StoreError, unknown
 from probekit.core.storage import groups, read_group, replacing, write_group
 
 from .contract import Analysis
@@ -151,9 +151,14 @@ def load_results(path: str | Path) -> Results:
     """Every result of a Zarr store or of a run's folder.
 
     Raises:
-        StoreError: there is no probekit result at this path, or it is of a newer format.
+        StoreError: there is no probekit result at this path, it is of a newer format, or damaged.
     """
-    path = Path(path)
+    store, names = _store(Path(path))
+    return Results({name: _read(store, name) for name in names})
+
+
+def _store(path: Path) -> tuple[Path, list[str]]:
+    """The Zarr store at a path, and the names of its results."""
     store = path / "results.zarr" if (path / "results.zarr").is_dir() else path
     names = groups(store)
     if not names:
@@ -161,7 +166,7 @@ def load_results(path: str | Path) -> Results:
             f"No probekit results at {path}. Give the folder of a run (the one with report.html), "
             "its results.zarr, or a path that Result.save wrote."
         )
-    return Results({name: _read(store, name) for name in names})
+    return store, names
 
 
 def load_result(path: str | Path, name: str | None = None) -> Result:
@@ -172,20 +177,30 @@ def load_result(path: str | Path, name: str | None = None) -> Result:
         name: the analysis, where the store holds several.
 
     Raises:
-        StoreError: there is no probekit result at this path.
+        StoreError: there is no probekit result at this path, or it is damaged.
         InputError: the store holds several results and `name` is missing, or it holds no such result.
     """
-    results = load_results(path)
+    store, names = _store(Path(path))
     if name is None:
-        if len(results) > 1:
-            raise InputError(f"{path} holds {len(results)} results; name one of: {', '.join(results)}.")
-        name = next(iter(results))
-    return results[name]
+        if len(names) > 1:
+            raise InputError(f"{path} holds {len(names)} results; name one of: {', '.join(names)}.")
+        name = names[0]
+    if name not in names:
+        raise unknown("result", name, names)
+    return _read(store, name)
 
 
 def _read(store: Path, group: str) -> Result:
-    dataset, attrs = read_group(store, group)
-    analysis = get_analysis(attrs["analysis"])
-    ordered = dataset[list(analysis.measures)]
-    params = analysis.Params.parse(json.loads(attrs["params"]), analysis.name)
-    return Result(analysis, params, analysis.check(ordered), json.loads(attrs["provenance"]))
+    try:
+        dataset, attrs = read_group(store, group)
+        analysis = get_analysis(attrs["analysis"])
+        ordered = dataset[list(analysis.measures)]
+        params = analysis.Params.parse(json.loads(attrs["params"]), analysis.name)
+        return Result(analysis, params, analysis.check(ordered), json.loads(attrs["provenance"]))
+    except ProbekitError:
+        raise
+    except Exception as error:  # whatever a library makes of missing or changed bytes
+        raise StoreError(
+            f"{store} is damaged, or of another version of probekit: its part {group!r} cannot be read "
+            f"({type(error).__name__}: {str(error)[:200]}). Run the analysis again, or restore the folder."
+        ) from error

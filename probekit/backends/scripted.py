@@ -120,6 +120,11 @@ class ScriptedModel:
             **sizes,
         )
 
+    @property
+    def unembed(self) -> ScriptedModel:
+        """The way from a residual row to logits: its own."""
+        return self
+
     def norm(self, rows: torch.Tensor) -> torch.Tensor:
         """No final norm."""
         return rows

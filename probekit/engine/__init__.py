@@ -5,7 +5,7 @@ from .journal import Journal
 from .lockstep import run_flows, union
 from .plan import Plan, available_memory, human, make_plan
 from .progress import Listener, Progress, Step, told
-from .run import Job, check_texts, first_plan, run_jobs, run_pass
+from .run import Job, check_texts, first_plan, run_jobs, run_pass, share_tokenizer
 from .store import load_trace, save_trace
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "run_jobs",
     "run_pass",
     "save_trace",
+    "share_tokenizer",
     "told",
     "union",
 ]

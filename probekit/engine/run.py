@@ -162,13 +162,18 @@ def check_roles(jobs: Sequence[Job], models: Mapping[str, Model]) -> None:
                     f'models={{"{role}": …}}, or --role {role}=NAME on the command line.'
                 )
     main = models["model"]
-    ids = range(0, main.info.d_vocab, max(1, main.info.d_vocab // 997))
     for role, other in models.items():
-        if other.info.d_vocab != main.info.d_vocab or other.decode(ids) != main.decode(ids):
+        if not share_tokenizer(main, other):
             raise InputError(
                 f"The models {main.info.name!r} and {other.info.name!r} (in the role {role!r}) have different "
                 "tokenizers, so that a token id means different things to them. Compare models that share one."
             )
+
+
+def share_tokenizer(one: Model, other: Model) -> bool:
+    """Whether token ids mean the same to two models; about a thousand ids are looked at, evenly spread."""
+    ids = range(0, one.info.d_vocab, max(1, one.info.d_vocab // 997))
+    return other.info.d_vocab == one.info.d_vocab and other.decode(ids) == one.decode(ids)
 
 
 def _model_of(request: Forward | Branch | LookUp, models: Mapping[str, Model]) -> Model:

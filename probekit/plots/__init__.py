@@ -5,6 +5,7 @@ from .curves import lines
 from .dark import DARK_DIVERGING, DARK_SEQUENTIAL, on_dark
 from .figure import Drawing, Drawings, Figure, Quantity, Scale, TokenStrip
 from .heatmaps import heatmap
+from .landscape import landscape
 from .page import figure_json, plotly_js
 from .scatter import scatter
 from .stream import stream
@@ -32,6 +33,7 @@ __all__ = [
     "figure_json",
     "heatmap",
     "histogram",
+    "landscape",
     "lines",
     "next_words",
     "on_dark",

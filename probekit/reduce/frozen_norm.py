@@ -70,6 +70,15 @@ class FrozenNorm:
             )
         return scale
 
+    def part(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """What rows are after the norm as parts of a sum, whose bias is `bias`; axes row, d_model.
+
+        Args:
+            rows: before the norm; axes row, d_model.
+            scale: of the whole sum, from `scale`; axis row.
+        """
+        return self.gain * self._centred(rows.double()) / scale[:, None]
+
     def direction(self, readers: Tensor, scale: Tensor) -> Tensor:
         """The direction before the norm that a direction after it reads; axes row, d_model.
 

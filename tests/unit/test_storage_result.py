@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,27 @@ def test_a_result_answers_for_its_variables(results: Results) -> None:
     assert result.findings[0].claim in repr(results) and len(results.findings) == sum(
         len(r.findings) for r in results.values()
     )
+
+
+@pytest.mark.parametrize("harm", ["chunk", "attributes", "no variable", "shape", "parameters"])
+def test_a_damaged_store_is_refused_in_words(results: Results, tmp_path: Path, harm: str) -> None:
+    store = results.save(tmp_path / "x.zarr")
+    meta = store / "logit-lens" / "zarr.json"
+    told = json.loads(meta.read_text())
+    if harm == "chunk":
+        next(
+            p for p in sorted((store / "logit-lens" / "kl_nats").rglob("*")) if p.is_file() and "c" in p.parts
+        ).write_bytes(b"x")
+    elif harm == "attributes":
+        told["attributes"].pop("provenance")
+    elif harm == "no variable":
+        shutil.rmtree(store / "logit-lens" / "kl_nats")
+    elif harm == "shape":
+        inner = store / "logit-lens" / "kl_nats" / "zarr.json"
+        inner.write_text(inner.read_text().replace('"shape"', '"shap"'))
+    else:
+        told["attributes"]["params"] = "[1"
+    meta.write_text(json.dumps(told))
+    with pytest.raises(StoreError, match=r"damaged, or of another version.*'logit-lens'"):
+        load_results(store)
+    assert load_result(store, "token-uncertainty").name == "token-uncertainty"  # the other part is whole

@@ -106,7 +106,9 @@ class Grid:
         high: value of the darkest colour; the largest if None.
         words: a word in each cell, row by row.
         hover: longer labels of the columns.
-        cell: height of a row in pixels.
+        row_hover: longer labels of the rows.
+        cell: height of a row in pixels; less where there are many.
+        least: smallest height of a row in pixels.
     """
 
     values: np.ndarray
@@ -122,7 +124,9 @@ class Grid:
     high: float | None = None
     words: Sequence[str] | None = None
     hover: Sequence[str] | None = None
+    row_hover: Sequence[str] | None = None
     cell: int = 17
+    least: int = 14
 
     def data(self, selected: tuple[int, int] | None) -> dict[str, Any]:
         """What the component draws, as plain data."""
@@ -139,7 +143,8 @@ class Grid:
             "unit": "" if self.unit == "1" else self.unit, "alt": self.alt, "scale": self.scale, "low": low, "high": high,
             "words": None if self.words is None else list(self.words),
             "hover": None if self.hover is None else list(self.hover),
-            "cell": self.cell, "tall": any(len(c) > 3 for c in self.columns), "cross": True,
+            "row_hover": None if self.row_hover is None else list(self.row_hover),
+            "cell": self.cell, "least": self.least, "tall": any(len(c) > 3 for c in self.columns), "cross": True,
             "selected": None if selected is None else list(selected),
             "colors": list(colors[self.scale]), "undefined": colors["undefined"], "look": look.variables(),
         }  # fmt: skip

@@ -22,7 +22,7 @@ export default function (component) {
   const bottom = data.tall ? 78 : 24;
   let width = 0;
   let cursor = data.selected ? [...data.selected] : [0, 0];
-  const height = () => Math.max(14, Math.min(data.cell ?? 17, 560 / rows)) * rows;
+  const height = () => Math.max(data.least ?? 14, Math.min(data.cell ?? 17, 560 / rows)) * rows;
   const cellWidth = () => (width - left) / columns;
   const yOf = (row) => height() - ((row + 1) * height()) / rows; // row 0 at the bottom
 
@@ -101,10 +101,12 @@ export default function (component) {
       pen.strokeRect(left + place[1] * w, yOf(place[0]), w, h);
     };
     if (data.selected) {
-      pen.fillStyle = "rgba(208, 88, 11, 0.16)";
       if (data.cross) {
-        pen.fillRect(left + data.selected[1] * w, 0, w, height());
-        pen.fillRect(left, yOf(data.selected[0]), width - left, h);
+        // Outlines, not a tint: the colours stay what they mean.
+        pen.strokeStyle = "rgba(208, 88, 11, 0.75)";
+        pen.lineWidth = 1;
+        pen.strokeRect(left + data.selected[1] * w, 0, w, height());
+        pen.strokeRect(left, yOf(data.selected[0]), width - left, h);
       }
       mark(data.selected, "#d0580b", 2.5);
     }
@@ -118,7 +120,7 @@ export default function (component) {
     return c >= 0 && c < columns && r >= 0 && r < rows ? [r, c] : null;
   };
   function show([r, c]) {
-    const lines = [`${data.row_name} ${data.rows[r]} · ${data.column_name} ${data.hover ? data.hover[c] : data.columns[c]}`];
+    const lines = [`${data.row_name} ${data.row_hover ? data.row_hover[r] : data.rows[r]} · ${data.column_name} ${data.hover ? data.hover[c] : data.columns[c]}`];
     lines.push(`${data.quantity}: ${number(data.values[r * columns + c])}${data.unit ? " " + data.unit : ""}`);
     if (data.words) lines.push(data.words[r * columns + c] ?? "");
     tip.replaceChildren(...lines.map((line) => Object.assign(document.createElement("div"), { textContent: line })));

@@ -10,9 +10,9 @@ import streamlit as st
 import probekit as pk
 from probekit_dashboard.frame import Seen
 
-from . import overview, phenomenon
+from . import compare, critical, forks, intervene, lens, massive, overview, phenomenon, runs, sinks, strange
 
-OWN = (overview,)
+OWN = (overview, lens, sinks, massive, forks, critical, strange, compare, intervene, runs)
 
 
 def navigation() -> dict[str, list[Any]]:
