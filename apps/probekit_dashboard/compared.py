@@ -11,11 +11,12 @@ import pandas as pd
 
 import probekit as pk
 from probekit import plots
-from probekit.stats import Estimate, difference, token_mean
+from probekit.stats import BLOCK, Estimate, difference, token_mean
 from probekit_dashboard.frame import Seen, before
 
 LN2 = float(np.log(2.0))
 LARGEST = 25  # shifts that are listed
+FEWEST = 3  # units of an interval
 ACROSS_MODELS = ("surprisal", "entropy before", "rank", "sink mass")  # quantities that mean the same in every model
 
 
@@ -70,7 +71,7 @@ class Contrast:
         said = f"{self.what}: {_value(self.one)} in the first, {_value(self.other)} in the second ({self.unit}). "
         said += f"Second minus first: {change.value:+.3g}"
         if change.ci95 is None:
-            return f"{said}; no interval, there are too few tokens for one."
+            return f"{said}; no interval: a text needs more than {(FEWEST - 1) * BLOCK} tokens for one."
         inside = " The interval holds 0." if change.ci95[0] <= 0 <= change.ci95[1] else ""
         return f"{said} (95 % {change.ci95[0]:+.3g} to {change.ci95[1]:+.3g}).{inside}"
 
@@ -104,22 +105,31 @@ def contrasts(one: Seen, other: Seen) -> list[Contrast]:
 
 
 def _mean(data: Any, variable: str) -> Estimate:
-    return token_mean(np.asarray(data[variable].values, dtype=float), data["text"].values, data["pos"].values)
+    found = token_mean(np.asarray(data[variable].values, dtype=float), data["text"].values, data["pos"].values)
+    if found.n < FEWEST:  # Student's t on one degree of freedom says nothing
+        return Estimate(found.value, None, found.n, found.n_unit)
+    return found.within(0.0, np.inf) if variable != "delta_logprob_nats" else found
 
 
-def sink_words(one: Seen, other: Seen) -> str:
-    """Sink rates of two texts; one number a text has no interval."""
-    rates, horizons = [], []
-    for seen in (one, other):
-        result = seen.results["attention-sinks"]
-        rates.append(100 * float(result["sink_rate"].mean()))
-        horizons.append(result.params.as_dict()["horizon"])
-    said = f"Sink rate: position 0 is a sink for {rates[0]:.1f} % of the heads in the first, {rates[1]:.1f} % in the second."
-    if horizons[0] != horizons[1]:
-        return (
-            f"{said} The first was measured over {horizons[0]} tokens, the second over {horizons[1]}: not comparable."
-        )
-    return f"{said} Both over {horizons[0]} tokens; one text each has no interval."
+def horizon_of(seen: Seen) -> int:
+    """Tokens over which sinks of a text were measured."""
+    return int(seen.results["attention-sinks"].params.as_dict()["horizon"])
+
+
+def sink_words(one: pk.Result, other: pk.Result) -> str:
+    """Sink rates of two texts, measured over as many tokens; one number a text has no interval.
+
+    Args:
+        one: attention-sinks of the first.
+        other: of the second, with the same parameters.
+    """
+    rates = [100 * float(r["sink_rate"].mean()) for r in (one, other)]
+    p = one.params.as_dict()
+    return (
+        f"Sink rate: position 0 is a sink for {rates[0]:.1f} % of the heads in the first, {rates[1]:.1f} % in the second: it "
+        f"receives more than {p['epsilon']:.0%} of their attention, over the first {p['horizon']} tokens of either. One text "
+        "each has no interval."
+    )
 
 
 def at_token(quantities: Sequence[plots.Quantity], token: int) -> dict[str, float]:
@@ -164,7 +174,9 @@ def shift_words(shift: pk.Shift) -> list[str]:
     ]
     if n > 1:
         loss = _mean(data, "delta_logprob_nats")
-        found.append(f"The other model gives the text's tokens {-loss.value:+.3g} nats of surprisal on average.")
+        found.append(
+            f"To the other model, the text's tokens are {abs(loss.value):.3g} nats {'less' if loss.value > 0 else 'more'} surprising on average."
+        )
     return found
 
 
@@ -184,7 +196,7 @@ def shift_table(shift: pk.Shift, most: int = LARGEST) -> pd.DataFrame:
             "text": plots.visible(str(tokens[t + 1])) if t + 1 < n else "(after the text)",
             "after": plots.visible("".join(map(str, tokens[max(0, t - 4) : t + 1])))[-40:],
             "JS (nats)": float(data["js_nats"].values[t]),
-            "log-probability change (nats)": float(data["delta_logprob_nats"].values[t]),
+            "Δ log p (nats)": float(data["delta_logprob_nats"].values[t]),
             "likeliest": "another" if data["argmax_changed"].values[t] else "the same",
             "model": said[0](t), "other": said[1](t),
         })  # fmt: skip

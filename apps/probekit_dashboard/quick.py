@@ -26,7 +26,8 @@ def form(name: str, quick: Mapping[str, Any], key: str, label: str) -> tuple[dic
     """
     specs = pk.get_analysis(name).Params.specs()
     with st.form(key, border=False):
-        columns, values = st.columns(3), {}
+        with st.expander("Parameters", icon=":material/tune:"):
+            columns, values = st.columns(3), {}
         for i, spec in enumerate(specs.values()):
             with columns[i % 3]:
                 shown = replace(spec, default=quick[spec.name]) if spec.name in quick else spec

@@ -143,7 +143,9 @@ def points(result: pk.Result, other: str) -> dict[str, np.ndarray]:
     groups = {
         "ordinary (a sample)": _some(np.flatnonzero(known & ordinary), SAMPLE),
         "candidates": _first(np.flatnonzero(known & chosen), values, MOST),
-        "no text reaches them": _first(np.flatnonzero(known & ~np.isin(kinds, (0, 1)) & ~reference), values, MOST),
+        "not ordinary (pieces of characters, unreachable)": _first(
+            np.flatnonzero(known & ~np.isin(kinds, (0, 1)) & ~reference), values, MOST
+        ),
         "reference (never trained)": _first(np.flatnonzero(known & reference), values, MOST),
     }
     return {name: ids for name, ids in groups.items() if ids.size}

@@ -149,23 +149,30 @@ def test_continuations_are_written_and_said_step_by_step() -> None:
     assert [len(more.of(t)) for t in (1, 2, 3)] == [6, 6, 6] and more.rows[:8] == found.rows
 
 
+def test_what_is_there_is_not_added_twice() -> None:
+    live = Live(Found(tuple(rows(1, 0, 1))))
+    live.add([*rows(1, 1, 2), *rows(2, 0)])
+    assert [(r.token, r.sample) for r in live.found.rows] == [(1, 0), (1, 1), (1, 2), (2, 0)]
+    assert live.found.nbytes > 0
+
+
 def test_a_cancel_ends_a_round_and_keeps_what_was_written() -> None:
     stop, written = [False], [0]
 
     def look(n: int) -> None:
         written[0] = n
-        stop[0] = n > 30
+        stop[0] = n > 430
 
     def tell(step: pk.Step) -> None:
         if stop[0]:
             raise pk.Cancelled("enough")
 
     live = Live()
-    long = replace(plan(per=10, tokens=(1, 2)), sampling=pk.Sampling(max_tokens=12))
+    long = replace(plan(per=10, tokens=(1, 2)), sampling=pk.Sampling(max_tokens=200))
     with pytest.raises(pk.Cancelled):
         rollouts.write(writer(look), long, live, tell)
-    assert len(live.found.rows) == 2  # the first round
-    assert written[0] <= 30 + 6  # within a few tokens, not at the end of the round
+    assert len(live.found.rows) == 2  # the first round, of 400 tokens
+    assert 430 < written[0] <= 436  # within a few tokens, not at the end of a continuation
 
 
 def test_tallies_have_shares_and_wilson_intervals() -> None:
@@ -333,3 +340,17 @@ def test_a_wrong_answer_becomes_a_text_with_its_critical_token_selected() -> Non
     assert critical.token_at(["How", " many", "?", "\n", "It", " is", " 14", "."], offset) == 6
     assert critical.token_at(["How"], 99) == 0
     assert critical._problem("", "1") and critical._problem("a", " ") and not critical._problem("a", "1")
+
+
+def test_the_table_of_a_wrong_answer_leaves_out_what_was_not_measured() -> None:
+    data = xr.Dataset(
+        {
+            "success_share": ("token", [np.nan, 0.25, 0.0]), "drawn": ("token", [0, 4, 16]), "how": ("token", [0, 1, 2]),
+            "critical": ("token", [0, 0, 1]),
+        },
+        coords={"token_str": ("token", np.array(["a", "\n", " c"], dtype=object))},
+    )  # fmt: skip
+    table = critical.answer_table(Results(data))  # type: ignore[arg-type]
+    assert table["place"].tolist() == [1, 2] and table["token"].tolist() == ["↵", "␣c"]
+    assert table["right continuations"].tolist() == [0.25, 0.0] and table["of"].tolist() == [4, 16]
+    assert table["measured"].tolist() == ["continued", "as a later one"] and table[""].tolist() == ["", "critical"]

@@ -53,7 +53,9 @@ def _texts(seen: Seen) -> None:
     contrasts = compared.contrasts(seen, other)
     for contrast in contrasts:
         st.text(contrast.words)
-    st.text(compared.sink_words(seen, other))
+    sinks = _sinks(seen, other)
+    if sinks is not None:
+        st.text(compared.sink_words(*sinks))
     left, right = st.columns([5, 1])
     left.caption(
         "Means over tokens. Intervals come from the spread between stretches of 32 tokens, which are not quite "
@@ -63,6 +65,26 @@ def _texts(seen: Seen) -> None:
     with right:
         export("compare-differences", code=_texts_code(seen, text), table=table, result=other.results[CORE[0]])
     _two_tokens(seen, other, (one, two))
+
+
+def _sinks(one: Seen, other: Seen) -> tuple[pk.Result, pk.Result] | None:
+    """Sinks of both texts over as many tokens; the longer one is read once more where they differ in this."""
+    horizon, found = min(map(compared.horizon_of, (one, other))), []
+    for seen, params in (
+        (one, core_params(one.model, other.selection.text)),
+        (other, core_params(one.model, one.selection.text)),
+    ):
+        if compared.horizon_of(seen) == horizon:
+            found.append(seen.results["attention-sinks"])
+            continue
+        text = seen.selection.text
+        key = key_of("sinks", seen.selection.model, text, sorted(params["attention_sinks"].items()))
+        again = computed("compare-sinks", "Reading the longer text for its sinks", key,
+                         lambda tell, t=text, p=params: pk.run(["attention-sinks"], one.model, t, progress=tell, **p))  # fmt: skip
+        if again is None:
+            return None
+        found.append(again["attention-sinks"])
+    return found[0], found[1]
 
 
 def _second_text(seen: Seen) -> str | None:
@@ -152,11 +174,11 @@ def _two_tokens(one: Seen, other: Seen, both: tuple[tuple[plots.Quantity, ...], 
     st.subheader("The selected token of each", anchor="tokens")
     st.text(f"First: token {places[0]}, {names[0]!r}. Second: token {places[1]}, {names[1]!r}.")
     table = compared.token_table(*both, places)
-    left, middle, right = st.columns([6, 3, 3], gap="medium")
+    left, middle, right = st.columns([5, 4, 4], gap="medium")
     left.dataframe(table, hide_index=True, key="compare-token")
     for column, seen, place, word in zip((middle, right), (one, other), places, ("First", "Second"), strict=True):
         column.dataframe(
-            compared.next_tops(seen, place).rename(columns={"token": f"{word}: what follows"}), hide_index=True,
+            compared.next_tops(seen, place).rename(columns={"token": f"{word}, next"}), hide_index=True,
             key=f"compare-next-{word}", column_config=_PROBABILITY,
         )  # fmt: skip
     export("compare-tokens", code=_texts_code(one, other.selection.text), table=table)
@@ -320,7 +342,8 @@ def _shift_table(seen: Seen, other: _Other, shift: pk.Shift) -> None:
         on_select=chosen, selection_mode="single-row", height=318,
         column_config={
             "JS (nats)": st.column_config.NumberColumn(format="%.4f"),
-            "log-probability change (nats)": st.column_config.NumberColumn(format="%+.3f"),
+            "Δ log p (nats)": st.column_config.NumberColumn(format="%+.3f", help="Change of the token's log-probability."),
+            "after": st.column_config.TextColumn(width=110),
         },
     )  # fmt: skip
     left, right = st.columns([5, 1])
@@ -340,7 +363,7 @@ def _shift_token(seen: Seen, other: _Other, shift: pk.Shift) -> None:
     ):
         if after < 0:
             continue
-        st.text(f"{title}: JS {float(shift.data['js_nats'].values[after]):.4f} nats.")
+        st.text(f"{title}: JS {float(shift.data['js_nats'].values[after]):.2g} nats.")
         names = seen.selection.model, other.shown
         for column, table, name in zip(st.columns(2), compared.both_tops(shift, after), names, strict=True):
             column.dataframe(table.rename(columns={"token": plots.visible(name, keep_whitespace=True)}), hide_index=True,

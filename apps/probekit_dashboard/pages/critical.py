@@ -21,10 +21,9 @@ TITLE, ICON, PATH, NEEDS_TEXT = "Critical tokens", ":material/dangerous:", "crit
 QUICK = {"tries": 16, "n": 16, "max_tokens": 64, "controls": 1}
 OWN = "a question of your own"
 QUESTIONS = {
-    "Cows": (
-        "A farmer has 12 cows. He buys 5 more cows and then sells 3. How many cows does he have now? Answer briefly.", "14",
-    ),
-    "Apples": ("Tom has 3 boxes with 4 apples each. He eats 2 apples. How many apples are left? Answer briefly.", "10"),
+    "Pages": ("Lea reads 10 pages a day. How many pages does she read in 3 days?", "30"),
+    "Eggs": ("A box holds 6 eggs. How many eggs are in 2 boxes?", "12"),
+    "Six times seven": ("What is 6 times 7?", "42"),
 }  # fmt: skip
 
 
@@ -43,11 +42,11 @@ def body(seen: Seen | None) -> None:
     left, middle = st.columns([1, 2], vertical_alignment="bottom")
     answer = left.text_input("What a right answer says", right, key=f"critical-answer-{which}", placeholder="18")
     chat = middle.checkbox("Ask it as a turn of a chat, in the model's own template", True, key="critical-chat")
-    with st.expander("Parameters", icon=":material/tune:", expanded=True):
-        st.caption(
-            "Small numbers, so that it takes minutes at most. For firm conclusions: n = 64 and many questions (probekit run)."
-        )
-        params, go = form("critical-tokens", QUICK, "critical-form", "Find the critical token")
+    params, go = form("critical-tokens", QUICK, "critical-form", "Find the critical token")
+    st.caption(
+        "The parameters are small at first, so that it takes a minute or two. For firm conclusions take n = 64 and many "
+        "questions (probekit run critical-tokens)."
+    )
     record = {"text": question, "answer": answer}
     key = key_of("critical", now.model, record, chat, sorted(params.items()))
     if go:
@@ -93,6 +92,9 @@ def _shown(result: pk.Result, record: dict[str, str], chat: bool, params: dict[s
     table = answer_table(result)
     if len(table):
         st.subheader("The wrong answer, token by token", anchor=False)
+        st.caption(
+            "Prefixes are measured from the end backward, until one from which the model still comes to the right result."
+        )
         left, right = st.columns([4, 1])
         left.dataframe(
             table, hide_index=True, width="stretch", height=300,
@@ -109,12 +111,13 @@ def _shown(result: pk.Result, record: dict[str, str], chat: bool, params: dict[s
 
 
 def answer_table(result: pk.Result) -> pd.DataFrame:
-    """The tokens of the wrong answer with the share of right continuations from each on."""
-    data = result.dataset
-    how = data["how"].values
+    """The tokens of the wrong answer whose prefixes were measured, with the share of right continuations from there."""
+    place = np.arange(result.dataset.sizes["token"])
+    data = result.dataset.isel(token=result["how"].values > 0)
+    place, how = place[result["how"].values > 0], data["how"].values
     return pd.DataFrame(
         {
-            "place": np.arange(data.sizes["token"]),
+            "place": place,
             "token": [plots.visible(str(s)) for s in data["token_str"].values],
             "right continuations": data["success_share"].values.astype(float),
             "of": data["drawn"].values.astype(int),

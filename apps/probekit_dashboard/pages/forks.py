@@ -348,8 +348,7 @@ def _forking_paths(seen: Seen, place: int) -> None:
         "Forking paths takes the text before this place as a prompt, lets the model answer it greedily, and samples from "
         "every plausible token of the answer: a stream of outcomes over the text. It takes minutes rather than seconds."
     )
-    with st.expander(f"Forking paths from token {place} on", icon=":material/water:"):
-        params, go = form("forking-paths", QUICK, "forks-paths", "Run forking paths")
+    params, go = form("forking-paths", QUICK, "forks-paths", f"Run forking paths from token {place} on")
     now = seen.selection
     key = key_of("forks paths", now.model, now.text, place, sorted(params.items()))
 

@@ -129,12 +129,13 @@ def _card(model: Any, spec: str, token: int) -> None:
     st.text(f"Token {card.token}, {plots.visible(card.shown)!r}, of {plots.visible(card.model, keep_whitespace=True)}")
     st.text(strange.verdict(card))
     spelling, numbers, near = strange.spelling(card), strange.numbers(card), strange.neighbours(card)
-    one, two, three = st.columns([4, 4, 4], gap="medium")
+    one, two, three = st.columns([4, 5, 4], gap="small")
     one.dataframe(spelling, hide_index=True, key="strange-spelling")
     if len(numbers):
         two.dataframe(numbers, hide_index=True, key="strange-numbers", column_config={
-            "value": st.column_config.NumberColumn(format="%.4g"),
-            "percentile": st.column_config.NumberColumn(format="%.1f", help="Per cent of the ordinary tokens with at most this value."),
+            "number": st.column_config.TextColumn(width=150),
+            "value": st.column_config.NumberColumn(format="%.4g", width=60),
+            "percentile": st.column_config.NumberColumn(format="%.1f", width=70, help="Per cent of the ordinary tokens with at most this value."),
         })  # fmt: skip
     if len(near):
         ids = near["id"].tolist()
@@ -216,7 +217,10 @@ def _scatter(result: pk.Result, code: str) -> None:
     st.plotly_chart(plot, theme=None, config=plots.PLOT_CONFIG, key="strange-scatter", on_select=chosen,
                     selection_mode="points", alt=figure.alt)  # fmt: skip
     left, right = st.columns([5, 1])
-    left.text(f"{figure.caption} Click a point to open its card.")
+    left.text(
+        f"{figure.caption} Indicators are distances from the mean row of never-trained tokens; cosine is 1 minus it. Click a "
+        "point to open its card."
+    )
     with right:
         export("strange-vocabulary", code=code, result=result, figure=figure)
 
