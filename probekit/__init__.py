@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .core import Forward as Forward
     from .core import KnockOut as KnockOut
     from .core import LogitDifference as LogitDifference
+    from .core import NextTokenEntropy as NextTokenEntropy
     from .core import Patch as Patch
     from .core import Point as Point
     from .core import ProbekitError as ProbekitError
@@ -90,6 +91,7 @@ _WHERE = {
     "KnockOut": "core",
     "LogitDifference": "core",
     "Measure": "analysis",
+    "NextTokenEntropy": "core",
     "Pair": "tuning",
     "Params": "analysis",
     "Patch": "core",

@@ -283,10 +283,11 @@ def _execute(
     }
     opened = open_model(spec or default_model(), lazy=True, **(how or {}))
     if only_plan:
-        for line in _about_tokens(make_batch(opened, api.make_jobs(names, params), texts, bos, window, chat)):
+        for line in _about_tokens(make_batch(opened, jobs, texts, bos, window, chat)):
             click.echo(line)
-        for plan in api.plan(names, opened, texts, **common, **params):
-            click.echo(str(plan))
+        look = [f"{job.analysis.name} begins with vocabulary and weights, which need no pass" for job in jobs]
+        for line in api.plan(names, opened, texts, **common, **params) or look:
+            click.echo(str(line))
         return
     assert out is not None
     journal = _journal_of(out, [job.analysis for job in jobs])

@@ -124,7 +124,7 @@ def token_mean(values: np.ndarray, texts: np.ndarray, pos: np.ndarray, weights: 
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share of independent draws (Wilson 1927), inside [0, 1] also for 0 or n successes.
+    """95 % interval of a share of independent draws (Wilson 1927); it begins at 0 for none, and ends at 1 for all.
 
     Args:
         successes: draws that count.
@@ -133,7 +133,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     z, p = 1.959963984540054, successes / n
     middle, spread = p + z * z / (2 * n), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
     scale = 1 + z * z / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return (low if successes else 0.0), (high if successes < n else 1.0)  # without a rest of rounding at the ends
 
 
 def held_out_best(values: np.ndarray) -> tuple[int, np.ndarray]:

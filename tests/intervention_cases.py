@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {
         n_unit="answers",
         bad=((lambda batch: Batch((*batch.texts[:1], *singles().texts)), "Text 1 does not say"),),
         bounds=(
-            {"published": True},
+            {"n": 64, "sure": 1.0},
             {"whole": True, "controls": 3},
             {"sure": 0.5},
             {"tries": 1, "least_success": 0.0, "unfinished": True},

@@ -1,4 +1,4 @@
-"""A small text-embedding model whose geometry is planted, for tests of what inserted tokens do."""
+"""A small text-embedding model whose geometry and attention are planted, for tests of what inserted tokens do."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from probekit.core import Batch, Embedded, ModelInfo, TokenText, VocabularyTable
+from probekit.core import AttentionColumns, Batch, Embedded, ModelInfo, TokenText, VocabularyTable
+from probekit.methods.sentences import built_in
 
 CLS, SEP = 0, 1
+N_LAYERS, N_HEADS, ATTENDED = 3, 2, 1  # the layer at which some tokens are attended to more
 _SPECIAL = ("[CLS]", "[SEP]")
 
 
@@ -18,23 +20,33 @@ class BagEmbedder:
     """What a text says, by its words outside the vocabulary, with a direction that all texts share, and a little noise.
 
     Two texts are as similar on average as two tokens are. A token of the vocabulary that is put into a text changes the
-    noise and nothing else, so that it brings a pair nearer every other time; but a sticky token draws the whole text
-    towards the shared direction, by `strength` for each copy.
+    noise and nothing else, so that it brings a pair nearer every other time; but sticky tokens (words in one string)
+    draw the whole text towards the shared direction, by `strength` for each copy.
+
+    With `topics`, the built-in sentences of a topic share a direction, and each copy of a sticky token adds `blur` to
+    the noise. Every token is paid attention by its own noise
+    around 1 / tokens of the text; sticky ones are paid `gain` times as much more, at one layer.
     """
 
-    def __init__(self, words: Sequence[str], *, sticky: str = "", strength: float = 3.0, seed: int = 0) -> None:
+    def __init__(
+        self, words: Sequence[str], *, sticky: str = "", strength: float = 3.0, seed: int = 0, topics: bool = False,
+        blur: float = 0.0, gain: float = 0.0,
+    ) -> None:  # fmt: skip
         self.words = (*_SPECIAL, *words, "unknown")
         self.place = {w: i for i, w in enumerate(self.words)}
         self.seed, self.middle = seed, np.ones(48) / np.sqrt(48)
-        self.sticky, self.strength = self.place.get(sticky, -1), strength
+        self.sticky, self.strength = [self.place[w] for w in sticky.split()], strength
+        self.topic = dict(zip(*built_in(), strict=True)) if topics else {}
+        self.blur, self.gain, self.known = blur, gain, dict[str, np.ndarray]()
         self.embedded: list[str] = []
+        self.attended: list[str] = []
         self.stop: Callable[[], None] = lambda: None
 
     @property
     def info(self) -> ModelInfo:
         return ModelInfo(
-            name="bag", kind="encoder", architecture="bag", n_layers=1, n_heads=1, n_kv_heads=1, d_model=48, d_head=48,
-            d_mlp=1, d_vocab=len(self.words), n_params=1, context_length=400, dtype="float32", device="cpu",
+            name="bag", kind="encoder", architecture="bag", n_layers=N_LAYERS, n_heads=N_HEADS, n_kv_heads=2, d_model=48,
+            d_head=24, d_mlp=1, d_vocab=len(self.words), n_params=1, context_length=400, dtype="float32", device="cpu",
             sites=frozenset(), bos_id=None, revision="",
         )  # fmt: skip
 
@@ -82,7 +94,35 @@ class BagEmbedder:
         row = np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal(48)
         return np.asarray(row / np.linalg.norm(row))
 
+    def _meant(self, text: str) -> np.ndarray:
+        if text not in self.known:
+            self.known[text] = self._direction(text)
+        return self.known[text]
+
     def _one(self, text: str, ids: Sequence[int]) -> np.ndarray:
         said = " ".join(w for w in text.split() if w not in self.place)
-        shared = 0.5 + self.strength * ids.count(self.sticky)
-        return self._direction(said or text) + 0.05 * self._direction(f"noise {text}") + shared * self.middle
+        own = self._meant(said or text)
+        if said in self.topic:
+            own = 0.75 * own + self._meant(self.topic[said])
+        copies = sum(ids.count(one) for one in self.sticky)
+        noise = (0.05 + self.blur * copies) * self._direction(f"noise {text}")
+        return np.asarray(own + noise + (0.5 + self.strength * copies) * self.middle)
+
+    def attention_columns(self, texts: Sequence[str], at: Sequence[int], *, progress: Any = None) -> AttentionColumns:
+        self.stop()
+        self.attended += texts
+        every = self.ids_of(texts, special=True)
+        columns = [self._column(text, ids, ids[place]) for text, ids, place in zip(texts, every, at, strict=True)]
+        if progress is not None:
+            progress(len(texts))
+        return AttentionColumns(np.concatenate(columns, axis=-1).astype(np.float32), np.array([len(i) for i in every]))
+
+    def _column(self, text: str, ids: Sequence[int], token: int) -> np.ndarray:
+        own = np.exp(0.2 * np.random.default_rng([self.seed, token]).standard_normal((N_LAYERS, 1, 1)))
+        digest = hashlib.sha256(f"{self.seed} attention {text}".encode()).digest()
+        noise = np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal(
+            (N_LAYERS, N_HEADS, len(ids))
+        )
+        column = own * np.exp(0.3 * noise) / len(ids)
+        column[ATTENDED] *= 1 + self.gain * (token in self.sticky)
+        return np.asarray(column)

@@ -38,6 +38,7 @@ from probekit.reduce.vocab_tiles import stream_readout_tiles
 from .block_taps import Tap, whole_block_taps
 from .direct import show_directions
 from .edits import Cut, apply_edit, cut_of
+from .targets import check_target, value_of
 
 # The readout has a final norm of its own and the middle norm may read a copy: changes there would be lost.
 _READ_ONLY = frozenset({"resid_mid", "final_norm", "logits", "router"})
@@ -147,22 +148,7 @@ class CapturePass:
                 "Gradients are seen at points with rows of numbers (residual streams, outputs, q, k, v, z); "
                 "ask for attention statistics, lenses, logits and knock-outs in a request without gradient_of."
             )
-        places = self._places_in_request()
-        if len(metric.plus) <= max(places):
-            raise InputError(
-                f"The logit difference names ids for {len(metric.plus)} texts; text {max(places)} has none."
-            )
-        for i, n in zip(places, self.batch.lengths, strict=True):
-            if not -n <= metric.position < n:
-                raise InputError(
-                    f"The logit difference is read at position {metric.position}; text {i} has {n} tokens."
-                )
-            for name, token in (("plus", metric.plus[i]), ("minus", metric.minus[i])):
-                if not -1 <= token < self.info.d_vocab:
-                    raise InputError(
-                        f"The logit difference has {name}={token} for text {i}; the vocabulary has {self.info.d_vocab} "
-                        "entries (-1 for none)."
-                    )
+        check_target(metric, self._places_in_request(), self.batch.lengths, self.info)
 
     def _pad(self, device: torch.device) -> None:
         longest = max(self.batch.lengths)
@@ -290,15 +276,7 @@ class CapturePass:
         # Where the final norm is watched itself, what follows has to read the very tensor that was shown.
         shown = [values for recorder, _, values in self._tracked if recorder.point.site == "final_norm"]
         normed = (self.pack(shown[-1])[at] if shown else unembed.norm(last[at])).to(unembed.weight)
-        exact = torch.promote_types(normed.dtype, torch.float32)
-        total = normed.new_zeros((), dtype=exact)
-        places = self._places_in_request()
-        for sign, ids in ((1.0, metric.plus), (-1.0, metric.minus)):
-            wanted = torch.tensor([ids[i] for i in places], device=normed.device)
-            logits = (normed * unembed.weight[wanted.clamp(min=0)]).sum(-1).to(exact)
-            if unembed.bias is not None:
-                logits = logits + unembed.bias[wanted.clamp(min=0)].to(exact)
-            total = total + sign * (unembed.finish(logits) * (wanted >= 0)).sum()
+        total = value_of(metric, self._places_in_request(), normed, unembed)
         tensors = [values for _, _, values in self._tracked]
         gradients = torch.autograd.grad(total, tensors, allow_unused=True)
         for (recorder, layer, _), gradient in zip(self._tracked, gradients, strict=True):

@@ -167,11 +167,11 @@ class ScriptedModel:
             CapabilityError: the request is no `Forward`, wants a point that no script holds, or has patches where
                 nothing was said of what they do.
         """
-        plain = isinstance(request, Forward) and not request.order and not request.against
+        plain = isinstance(request, Forward) and not (request.order or request.against or request.gradient_of)
         if not isinstance(request, Forward) or not plain or (request.patches and self._respond is None):
             raise CapabilityError(
-                "A scripted model serves Forward requests without order and reference, and without patches unless it "
-                "is told how to respond: it has no computation."
+                "A scripted model serves Forward requests without order, reference and gradient, and without patches "
+                "unless it is told how to respond: it has no computation."
             )
         parts = [self._one(request, batch.select([i]), progress) for i in range(len(batch))]
         return [Partial.merge([p[i] for p in parts]) for i in range(len(request.captures))]

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from probekit.core import (
+    AttentionColumns,
     Batch,
     BosPolicy,
     CapabilityError,
@@ -230,6 +231,43 @@ class SentenceTransformersModel:
                 if progress is not None:
                     progress(len(part))
         return Embedded(values, ids, len(long))
+
+    def attention_columns(
+        self, texts: Sequence[str], at: Sequence[int], *, progress: Progress | None = None
+    ) -> AttentionColumns:
+        """What every query of each text pays to one of its tokens, at every layer and head.
+
+        The model runs eager attention meanwhile, which holds query × key probabilities, and is left as it was found.
+
+        Args:
+            texts: any strings.
+            at: for each text, the position of the token, special tokens counted.
+            progress: is told how many texts are done since it was last told.
+
+        Raises:
+            TextError: a text is longer than the model reads.
+            InputError: a text has no such position.
+            CapabilityError: the model does not return attention probabilities.
+        """
+        from .attention_columns import columns_of
+
+        ids = self.ids_of(texts, special=True)
+        limit = self.context_length
+        for i, (one, place) in enumerate(zip(ids, at, strict=True)):
+            if limit is not None and len(one) > limit:
+                raise TextError(f"Text {i} has {len(one)} tokens; {self._name!r} reads at most {limit}.")
+            if not 0 <= place < len(one):
+                raise InputError(f"Text {i} has the positions 0 to {len(one) - 1}; found {place}.")
+        inner = getattr(self.module[0], "model", None)
+        if inner is None:
+            found = type(self.module[0]).__name__
+            raise CapabilityError(
+                f"{self._name!r} shows no attention: expected a transformer as its first part, found {found}. Ask a model "
+                "whose modules.json begins with a Transformer."
+            )
+        pad = self.tokenizer.pad_token_id or 0
+        with self._lock:
+            return columns_of(inner, ids, at, n_layers=self.info.n_layers, pad=pad, progress=progress)
 
     def _run(self, ids: Sequence[Sequence[int]], normalise: bool) -> np.ndarray:
         import torch

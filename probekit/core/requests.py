@@ -76,6 +76,19 @@ class LogitDifference:
 
 
 @dataclass(frozen=True)
+class NextTokenEntropy:
+    """A number per text: the entropy of its next-token distribution at one position, in nats.
+
+    Over the whole vocabulary, at temperature 1.
+
+    Args:
+        position: where the distribution is read, negative from the end.
+    """
+
+    position: int = -1
+
+
+@dataclass(frozen=True)
 class Reference:
     """Another run's residual stream leaving the last block, from which its next-token distributions follow.
 
@@ -141,7 +154,7 @@ class Forward:
     patches: tuple[Patch, ...] = ()
     model: str = "model"
     texts: tuple[int, ...] | None = None
-    gradient_of: LogitDifference | None = None
+    gradient_of: LogitDifference | NextTokenEntropy | None = None
     order: tuple[int, ...] | None = None
     against: Reference | None = None
     rows: tuple[int, ...] | None = None
@@ -265,6 +278,58 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """What every query of a text pays to one of its tokens, by layer and head, in a text-embedding model.
+
+    Args:
+        texts: what runs, in place of the run's texts; special tokens are added.
+        at: for each text, the position of the token that is looked at, special tokens counted.
+        optional: whether a model that shows no attention answers with the reason, and not with an error.
+        total: texts in all requests of this kind that follow one another, for the progress bar; 0 if not known.
+        model: the role of the model this goes to.
+        why: what it is for, in a few words.
+
+    Raises:
+        InputError: there is not one position per text.
+    """
+
+    texts: tuple[str, ...]
+    at: tuple[int, ...]
+    optional: bool = False
+    total: int = field(default=0, compare=False)
+    model: str = "model"
+    why: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.texts or len(self.at) != len(self.texts) or min(self.at) < 0:
+            raise InputError(
+                f"Attention columns need texts, and a position from 0 for each; found {len(self.texts)} texts and the "
+                f"positions {list(self.at[:8])}."
+            )
+
+
+@dataclass(frozen=True)
+class AttentionColumns:
+    """What a `Columns` request brought back.
+
+    Args:
+        values: attention probabilities; float32, axes layer, head, query. The queries of all texts lie end to end,
+            special tokens included and without padding. With causal attention, queries in front of the token pay 0.
+        lengths: queries of each text; axis text.
+        missing: why the model shows no attention, if it shows none; there are no values then.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+    missing: str = ""
+
+    def of(self, text: int) -> np.ndarray:
+        """The column of one text; axes layer, head, query."""
+        end = int(self.lengths[: text + 1].sum())
+        return self.values[..., end - int(self.lengths[text]) : end]
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Every id of a model's tokenizer, decoded and encoded again: a `VocabularyTable`.
 
@@ -308,5 +373,5 @@ class Texts:
     model: str = "model"
 
 
-LookUp = Embed | Similarities | Texts | Tokenize | Vocabulary | Weights
+LookUp = Columns | Embed | Similarities | Texts | Tokenize | Vocabulary | Weights
 Request = Forward | Branch | LookUp

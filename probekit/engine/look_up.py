@@ -1,12 +1,23 @@
-"""Requests that need no pass over the run's texts: weights, vocabularies, embeddings and similarities of given texts."""
+"""Requests that need no pass over the run's texts: weights, vocabularies, what given texts embed as or attend to."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from probekit.core import CapabilityError, Compared, Embed, LookUp, Model, Similarities, Tokenize
+from probekit.core import (
+    AttentionColumns,
+    CapabilityError,
+    Columns,
+    Compared,
+    Embed,
+    LookUp,
+    Model,
+    Similarities,
+    Tokenize,
+)
 
 from .journal import Journal
 from .progress import Progress
@@ -24,14 +35,20 @@ def answer(model: Model, request: LookUp, progress: Progress | None = None, jour
         journal: holds the similarities that were found before, and is told those found now.
 
     Returns:
-        `Embedded` for an `Embed`, `Compared` for `Similarities`, ids per text for `Tokenize`, a `VocabularyTable` for a
-        `Vocabulary`, `VocabularyWeights` for `Weights`.
+        `Embedded` for an `Embed`, `Compared` for `Similarities`, `AttentionColumns` for `Columns`, ids per text for
+        `Tokenize`, a `VocabularyTable` for a `Vocabulary`, `VocabularyWeights` for `Weights`.
 
     Raises:
         CapabilityError: the model has nothing of the kind.
         StoreError: the journal cannot be written.
     """
+    if isinstance(request, Columns) and request.optional:
+        try:
+            return answer(model, replace(request, optional=False), progress, journal)
+        except CapabilityError as error:
+            return AttentionColumns(np.empty((0, 0, 0), np.float32), np.zeros(0, dtype=np.int64), str(error))
     method, what, which = {
+        "Columns": ("attention_columns", "show attention columns", _ENCODER),
         "Embed": ("embed_texts", "embed texts", _ENCODER),
         "Similarities": ("embed_texts", "embed texts", _ENCODER),
         "Tokenize": ("ids_of", "tokenise", "a model with the native backend"),
@@ -43,6 +60,10 @@ def answer(model: Model, request: LookUp, progress: Progress | None = None, jour
         raise CapabilityError(f"{model.info.name!r} ({type(model).__name__}) cannot {what}; open {which}.")
     if isinstance(request, Similarities):
         return compare(ask, request, progress or Progress(), journal or Journal(None, ""))
+    if isinstance(request, Columns):
+        bar = progress or Progress()
+        bar.begin_texts(request.why, len(request.texts), request.total)
+        return ask(request.texts, request.at, progress=bar.embedded)
     if isinstance(request, Embed):
         bar = progress or Progress()
         bar.begin_texts(request.why, len(request.texts), request.total)
@@ -53,7 +74,9 @@ def answer(model: Model, request: LookUp, progress: Progress | None = None, jour
 
 
 def compare(embed: Any, request: Similarities, progress: Progress, journal: Journal) -> Compared:
-    """The cosine of each text with its anchor; equal texts are embedded once. Memory holds the embeddings of one request, and no longer than it runs.
+    """The cosine of each text with its anchor; equal texts are embedded once.
+
+    Memory holds the embeddings of one request, and no longer than it runs.
 
     Args:
         embed: turns texts into embeddings, as `embed_texts` of a text-embedding model.

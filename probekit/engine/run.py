@@ -78,7 +78,10 @@ def first_plan(jobs: Sequence[Job], info: ModelInfo, batch: Batch, memory_limit:
     requests = []
     for job in jobs:
         flow = job.analysis.flow(job.params, info)
-        requests.append(next(flow))
+        request = next(flow)
+        while isinstance(request, Texts):
+            request = flow.send(batch)
+        requests.append(request)
         flow.close()
     passes = count_passes(jobs, info, batch)
     more = [(job.analysis.name, job.analysis.passes(job.params, info, batch) - 1) for job in jobs]

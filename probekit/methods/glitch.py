@@ -13,10 +13,11 @@ import numpy as np
 
 from probekit.core import Forward, InputError, Request, Tokenize, VocabularyTable
 
-from .repeating import NEXT, placeholder
+from .repeating import NEXT, Prompts, placeholder
 from .undertrained import unit
 
 TASKS = ("repetition", "spelling", "length")
+SUSPECT, DRAWN = 1, 2  # as what a token is scanned
 _WORDS = ("garden", "seven", "Monday")
 _REPEATED = ("garden", "ings", "Monday", "==", " river")  # words, parts of words and marks
 _PIECE = 256  # tokens that are asked about in one pass
@@ -99,12 +100,7 @@ def questions(
     answers = {word: ask(word)[1] for word in words if word}
     whole = (prompt, *(prompt + a for a in dict.fromkeys(answers.values())))
     ids = yield Tokenize(whole, special=True)
-    front = tuple(ids[0])
-    if front.count(stand_in) != 1:
-        raise InputError(
-            f"The prompt of the task {task!r} holds the stand-in {table.decoded[stand_in]!r} (id {stand_in}) "
-            f"{front.count(stand_in)} times as one token; expected once, so that another token can be put in its place."
-        )
+    front = _checked(task, tuple(ids[0]), table, stand_in)
     known = dict(zip(whole[1:], ids[1:], strict=True))
     made: list[Question | None] = []
     for token, word in zip(tokens, words, strict=True):
@@ -116,6 +112,26 @@ def questions(
         fits = len(full) > len(front) and full[: len(front)] == front
         made.append(Question(token, about, full[len(front) :]) if fits else None)
     return made
+
+
+def _checked(task: str, front: tuple[int, ...], table: VocabularyTable, stand_in: int) -> tuple[int, ...]:
+    if front.count(stand_in) != 1:
+        raise InputError(
+            f"The prompt of the task {task!r} holds the stand-in {table.decoded[stand_in]!r} (id {stand_in}) "
+            f"{front.count(stand_in)} times as one token; expected once, so that another token can be put in its place."
+        )
+    return front
+
+
+def repetition(table: VocabularyTable, kinds: np.ndarray) -> Generator[Request, Any, Prompts]:
+    """The prompt of the task of repetition, up to where the token must come; to be used with `yield from`.
+
+    Raises:
+        InputError: the stand-in does not survive tokenisation.
+    """
+    stand_in = placeholder(table, kinds)
+    (ids,) = yield Tokenize((_front("repetition") + _repetition(table.decoded[stand_in])[0],), special=True)
+    return Prompts((_checked("repetition", tuple(ids), table, stand_in),), stand_in)
 
 
 def answered(task: str, asked: Sequence[Question | None], table: VocabularyTable) -> Generator[Request, Any, Verdicts]:
@@ -169,6 +185,45 @@ def _said_otherwise(
         for i, greedy in zip(left, trace[NEXT]["top_id"].values[last, 0].tolist(), strict=True):
             written[i].append(int(greedy))
     return said
+
+
+def scanned_as(ranked: np.ndarray, ordinary: np.ndarray, *, n_suspects: int, n_random: int, seed: int) -> np.ndarray:
+    """Which tokens are scanned, and as what: those that rank lowest, and some of the others; axis vocab.
+
+    Args:
+        ranked: what ranks suspects, small is suspicious; axis vocab.
+        ordinary: tokens that may be scanned; axis vocab.
+        n_suspects: tokens scanned as `SUSPECT`.
+        n_random: tokens scanned as `DRAWN`, from all others.
+        seed: of what is drawn.
+    """
+    order = np.argsort(np.where(ordinary, ranked, np.inf), kind="stable")[: int(ordinary.sum())]
+    scanned = np.zeros(len(ranked), dtype=np.int64)
+    scanned[order[:n_suspects]] = SUSPECT
+    scanned[np.random.default_rng(seed).permutation(order[n_suspects:])[:n_random]] = DRAWN
+    return scanned
+
+
+def judged(passed: np.ndarray, scanned: np.ndarray, competence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of random tokens that pass each task, whether it counts, and who fails one that does.
+
+    Args:
+        passed: 1, 0 or NaN; axes task, vocab.
+        scanned: as what a token is scanned; axis vocab.
+        competence: share of the random tokens that has to pass a task.
+    """
+    drawn = passed[:, scanned == DRAWN]
+    asked = np.isfinite(drawn)
+    share = np.where(asked.any(axis=1), np.nansum(drawn, axis=1) / np.maximum(asked.sum(axis=1), 1), np.nan)
+    counts = np.isfinite(share) & (share >= competence)
+    known = passed[counts]
+    return share, counts, np.where(np.isfinite(known).any(axis=0), (known == 0).any(axis=0), np.nan)
+
+
+def share_of(glitch: np.ndarray) -> float:
+    """Glitch tokens among the tokens that were judged; 0 where none was."""
+    known = glitch[np.isfinite(glitch)]
+    return float(known.mean()) if known.size else 0.0
 
 
 def passes_of(n_tokens: int, n_tasks: int) -> int:

@@ -35,6 +35,11 @@ class Prompts:
         """The prompts of each family about one token, to which it is the answer."""
         return [tuple(token if i == self.stand_in else i for i in ids) for ids in self.ids]
 
+    @property
+    def places(self) -> list[tuple[int, ...]]:
+        """Of each family, where the tested token stands."""
+        return [tuple(t for t, i in enumerate(ids) if i == self.stand_in) for ids in self.ids]
+
 
 def placeholder(table: VocabularyTable, kinds: np.ndarray) -> int:
     """The ordinary token of ASCII letters with the most distinct ones; the longest, then the first of them."""

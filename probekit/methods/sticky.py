@@ -76,8 +76,8 @@ class Insertions:
 
         Copies in front and behind are put there directly, without a space (the released code does so, and the token may
         merge with its neighbour: see the survival rate). At random places, one more copy each time, kept apart by
-        spaces; the sentence is split at white space anew before each. (The released code does not fix these places; here
-        they depend on seed, token and sentence alone.)
+        spaces; the sentence is split at white space anew before each. (The released code does not fix these places;
+        here they depend on seed, token and sentence alone.)
 
         Returns:
             Places one after another, of each the counts.
@@ -100,9 +100,9 @@ class Insertions:
 def sticky_score(distance: np.ndarray, own: np.ndarray) -> np.ndarray:
     """(F + 0.1 f + 0.1 delta) / (R + 0.05 r + 0.01) of one pair and place.
 
-    With the changes of the cosine distance from one count to the next: F the sum of the falls, f their number, R the sum
-    of the rises, r their number; delta the distance between the first sentence and the token alone. A run that only falls
-    scores 80 to 100, so that the score tells how steadily it falls rather than how far.
+    With the changes of the cosine distance from one count to the next: F the sum of the falls, f their number, R the
+    sum of the rises, r their number; delta the distance between the first sentence and the token alone. A run that only
+    falls scores 80 to 100, so that the score tells how steadily it falls rather than how far.
 
     Args:
         distance: cosine distance of the pair without and with 1, 2, … copies; the last axis is the count.
@@ -135,13 +135,13 @@ def hit_share(distance: np.ndarray) -> float:
 
 
 def outlier_cut(p: Sequence[float] | np.ndarray) -> float:
-    """Q3 + 0.7 (Q3 - Q1) of the candidates of one model, above which a token is called sticky in the published lists."""
+    """Q3 + 0.7 (Q3 - Q1) of one model's candidates, above which a token is called sticky in the published lists."""
     low, high = np.quantile(np.asarray(p, dtype=float), [0.25, 0.75])
     return float(high + 0.7 * (high - low))
 
 
 def two_sided(with_token: np.ndarray, without: np.ndarray, u: float) -> tuple[float, float]:
-    """How far the similarity comes to u from both sides: mean |cos_n - u| / mean |cos_0 - u|, and the same of variances.
+    """How near the similarity comes to u from both sides: mean |cos_n - u| / mean |cos_0 - u|, and that of variances.
 
     Both far below 1: sticky by the definition in words. 1: nothing happens.
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from probekit.core import InputError, VocabularyTable
 
+from .sticky import Insertions
 from .token_categories import SPECIAL
 
 CANDIDATE, RANDOM, NAMED = 1, 2, 3
-STRONGEST = 5
+BENIGN_TRIED, STICKY_TRIED = 1, 2  # put into sentences of known topics
+STRONGEST, _IN_GROUPS = 5, 30
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Sizes:
 
 
 def systematic_sample(table: VocabularyTable, kinds: np.ndarray, usable: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Every k-th usable token in an order by script (ASCII first), length and id, from a random start; and all specials.
+    """Every k-th usable token in an order by script (ASCII first), length and id, from a random start; all specials.
 
     Args:
         table: what the tokens are.
@@ -100,6 +102,43 @@ def benign(score: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
     known = np.flatnonzero(np.isfinite(score) & (asked != CANDIDATE))
     lowest = known[np.argsort(score[known], kind="stable")][: 4 * STRONGEST]
     return np.random.default_rng([seed, 2]).permutation(lowest)[:STRONGEST]
+
+
+def ordinary(usable: np.ndarray, asked: np.ndarray, others: np.ndarray, seed: int) -> np.ndarray:
+    """Up to thirty usable tokens, drawn at random, that are no candidates, not named, and none of the others."""
+    free = usable[~tested(asked)[usable] & ~np.isin(usable, others)]
+    return np.random.default_rng([seed, 3]).permutation(free)[:_IN_GROUPS]
+
+
+def insertions_of(counts: str, seed: int) -> Insertions:
+    """Copies and places as a user gives them.
+
+    Raises:
+        InputError: the numbers of copies are no ascending list.
+    """
+    found = _whole_numbers(counts, "counts", "numbers of copies")
+    if not found or sorted(set(found)) != found or found[0] < 1:
+        raise InputError(f"counts holds ascending numbers of copies, such as 1,2,4,8; found {counts!r}.")
+    return Insertions(tuple(found), seed)
+
+
+def named_ids(tokens: str, n_vocab: int) -> list[int]:
+    """Token ids as a user gives them.
+
+    Raises:
+        InputError: they are no ids of the vocabulary.
+    """
+    named = _whole_numbers(tokens, "tokens", "ids")
+    if not all(0 <= i < n_vocab for i in named):
+        raise InputError(f"tokens holds ids from 0 to {n_vocab - 1}; found {tokens!r}.")
+    return named
+
+
+def _whole_numbers(text: str, name: str, what: str) -> list[int]:
+    try:
+        return [int(x) for x in text.split(",") if x.strip()]
+    except ValueError:
+        raise InputError(f"{name} holds {what} separated by commas; found {text!r}.") from None
 
 
 def spread(values: np.ndarray, tokens: np.ndarray, n: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Conversations about sticky tokens: what the vocabulary, pairs of sentences and inserted tokens embed as.
 
-Each function is a generator of requests, to be used with `yield from`. Requests come in parts of a few thousand texts, so
-that a journal keeps what is done, and memory holds the embeddings of one part.
+Each function is a generator of requests, to be used with `yield from`. Requests come in parts of a few thousand texts,
+so that a journal keeps what is done, and memory holds the embeddings of one part.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def pairs_of(batch: Batch) -> Conversation:
         sentences = list(dict.fromkeys(t.text for t in batch)) or list(built_in()[0])
         if not 3 <= len(sentences) <= _MOST_SENTENCES:
             raise InputError(
-                f"Pairs are made of 3 to {_MOST_SENTENCES:,} sentences; found {len(sentences):,}. Or give pairs: a .csv "
-                f"file with the columns {FIRST} and {SECOND}, or texts={{'{FIRST}': […], '{SECOND}': […]}}."
+                f"Pairs are made of 3 to {_MOST_SENTENCES:,} sentences; found {len(sentences):,}. Or give pairs: a "
+                f".csv file with the columns {FIRST} and {SECOND}, or texts={{'{FIRST}': […], '{SECOND}': […]}}."
             )
         left, right = (list(side) for side in zip(*combinations(range(len(sentences)), 2), strict=True))
     rows = (yield Embed(tuple(sentences), cut=True, why="sentences")).values
@@ -224,49 +224,3 @@ def hit_shares(trials: Trials, pairs: Pairs, use: np.ndarray | None = None) -> n
     if use is not None:
         distances = distances[:, use]
     return np.array([hit_share(d) if d.size else np.nan for d in distances])
-
-
-def topic_neighbours(
-    tokens: tuple[np.ndarray, np.ndarray], table: VocabularyTable, insertions: Insertions
-) -> Conversation:
-    """Whether sentences still find those of their own topic when tokens are put into them, at random places.
-
-    The share of a sentence's four nearest that are of its topic, among sixty built-in sentences of twelve topics: when
-    only the sentence itself is changed (a query), and when all of them are (a collection). The mean over tokens.
-
-    Args:
-        tokens: two kinds of tokens, such as benign and sticky ones; at least one of each.
-        table: what their text is.
-        insertions: how often.
-
-    Returns:
-        Axes query or collection, kind (unchanged first), sentence.
-    """
-    sentences, topics = built_in()
-    changed = [insertions.of(table.decoded[int(t)], s)[-1] for kind in tokens for t in kind for s in sentences]
-    rows = (yield Embed((*sentences, *changed), cut=True, why="topics")).values
-    clean, sets = rows[: len(sentences)], rows[len(sentences) :].reshape(-1, len(sentences), rows.shape[1])
-    topic = np.array(topics)
-    found = [[nearest_of_topic(clean, clean, topic)] * 2]
-    first = 0
-    for kind in tokens:
-        some = sets[first : first + len(kind)]
-        first += len(kind)
-        query = np.mean([nearest_of_topic(s, clean, topic) for s in some], axis=0)
-        found.append([query, np.mean([nearest_of_topic(s, s, topic) for s in some], axis=0)])
-    return np.array(found).transpose(1, 0, 2)
-
-
-def nearest_of_topic(queries: np.ndarray, collection: np.ndarray, topic: np.ndarray, k: int = 4) -> np.ndarray:
-    """Share of each row's k nearest that are of its topic, its own place left out; axis row.
-
-    Args:
-        queries: unit rows.
-        collection: unit rows of the same texts.
-        topic: of each row.
-        k: neighbours that count.
-    """
-    near = queries @ collection.T
-    np.fill_diagonal(near, -np.inf)
-    nearest = np.argsort(-near, axis=1, kind="stable")[:, :k]
-    return np.asarray((topic[nearest] == topic[:, None]).mean(axis=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -78,9 +78,6 @@ class CriticalParams(WritingParams):
         unit="share",
         help="Prefixes that tokens of together this probability join share a measurement; 1 measures every prefix",
     )
-    published: bool = param(
-        False, help="As in the released code: 64 continuations, every prefix measured; n and sure have no effect then"
-    )
     whole: bool = param(False, help="Measure the prefixes, too, that cannot matter to which token is critical")
     controls: int = param(
         2, low=1, high=64, unit="tokens", help="Random tokens of each kind to compare with, per answer"
@@ -89,15 +86,12 @@ class CriticalParams(WritingParams):
         False, help="Answers that say nothing, or that max_tokens cut off, count as wrong ones, too"
     )
 
-    @property
-    def continuations(self) -> int:
-        """Continuations of a prefix."""
-        return PUBLISHED_N if self.published else self.n
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {"n": PUBLISHED_N, "sure": 1.0}}
 
     @property
     def joined(self) -> float:
         """From which probability on tokens join prefixes. Above temperature 1, draws are less sure than the model."""
-        return 1.0 if self.published or self.temperature > 1 else self.sure
+        return 1.0 if self.temperature > 1 else self.sure
 
 
 @register
@@ -229,7 +223,7 @@ class CriticalTokens(Analysis):
             status[i] = NEVER_LOST if scanned.critical is None else FOUND
         replaced = yield from _replace(answers, chances, params)
         study = Study(tried, alive, rights, status, answers, words, replaced)
-        return critical_table(study, inside, params.continuations)[list(self.measures)]
+        return critical_table(study, inside, params.n)[list(self.measures)]
 
     def findings(self, result: Result) -> list[Finding]:
         """The clearest critical token, what replacing helps beside random tokens, where they lie, what was left out."""
@@ -251,8 +245,8 @@ def _nothing(status: np.ndarray, params: Any) -> str:
     rarely, lost = (int((status == k).sum()) for k in (RARELY_RIGHT, LOST))
     return (
         f"There is no wrong answer to look at ({len(status)} prompts). Of {rarely}, less than {params.least_success:.0%} of "
-        f"{params.tries} sampled answers are right (least_success, tries); of {lost}, {most_dead(params.continuations)} or "
-        f"less of {params.continuations} more; to {len(status) - rarely - lost}, no finished answer is wrong. Give other "
+        f"{params.tries} sampled answers are right (least_success, tries); of {lost}, {most_dead(params.n)} or "
+        f"less of {params.n} more; to {len(status) - rarely - lost}, no finished answer is wrong. Give other "
         "prompts, sample more answers, allow longer ones (max_tokens), or take those that are cut off (unfinished=true)."
     )
 
@@ -265,7 +259,7 @@ def _probs(inside: Trace, number: int, base: Base) -> np.ndarray:
 
 
 def _scanned(prefixes: Mapping[int, WrongAnswer], params: Any) -> Generator[Request, Any, Answers]:
-    rollouts = Rollouts(params.sampling(), params.outcome, params.continuations, params.whole)
+    rollouts = Rollouts(params.sampling(), params.outcome, params.n, params.whole)
     texts = list(prefixes)
     found: list[Scanned] = []
     for start in range(0, len(texts), _TOGETHER):
@@ -279,7 +273,7 @@ def _alive(
 ) -> Generator[Request, Any, dict[int, float]]:
     """Success rates of the prompts with a wrong answer, by more draws; those that are lost from the start left out."""
     texts = sorted(tried.wrong)
-    n = params.continuations
+    n = params.n
     shares = yield from fresh_success(prompts.select(texts), [rights[i] for i in texts], looking, n)
     return {i: float(share) for i, share in zip(texts, shares, strict=True) if round(share * n) > most_dead(n)}
 
@@ -317,7 +311,7 @@ def _others(
     for at in sorted(base.n_prompt + place for place in places):
         before = Base(base.ids[:at], base.n_prompt)
         drawn[number, at] = other_tokens(
-            logits[at - 1], base.ids[at], params.continuations, sampling=params.sampling(), base=before
+            logits[at - 1], base.ids[at], params.n, sampling=params.sampling(), base=before
         )
     return drawn
 

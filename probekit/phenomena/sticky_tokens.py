@@ -9,20 +9,26 @@ import numpy as np
 
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, param, register
-from probekit.core import InputError, ModelInfo, Texts, Vocabulary, VocabularyTable
-from probekit.methods.sticky import Insertions, outlier_cut
+from probekit.core import ModelInfo, Texts, Vocabulary, VocabularyTable
+from probekit.methods.sticky_attention import SPLITS, compared, received
 from probekit.methods.sticky_choice import (
+    BENIGN_TRIED,
     CANDIDATE,
     NAMED,
     RANDOM,
+    STICKY_TRIED,
     Sizes,
     benign,
+    insertions_of,
+    named_ids,
+    ordinary,
     spread,
     strongest,
     systematic_sample,
-    tested,
     to_validate,
 )
+from probekit.methods.sticky_harm import NEAREST, topic_harm
+from probekit.methods.sticky_report import by_p, interval, said
 from probekit.methods.sticky_result import Validated
 from probekit.methods.sticky_trials import (
     below_and_above,
@@ -30,12 +36,11 @@ from probekit.methods.sticky_trials import (
     inserted,
     pairs_of,
     scores,
-    topic_neighbours,
     usable_tokens,
     vocabulary_similarity,
 )
 from probekit.methods.token_categories import categories
-from probekit.stats import text_mean, wilson
+from probekit.stats import text_mean
 
 _SHOWN = 20
 _LEVEL = 0.05  # of the test against random tokens, for all validated tokens together
@@ -78,8 +83,9 @@ class StickyTokens(Analysis):
     """Which tokens bring a text-embedding model to call two unlike sentences similar, once they are put into one?
 
     Question:
-        Put into a sentence a few times, some tokens pull its similarity with any other sentence towards one value. Which
-        are they, do they do more than random tokens, and does it harm retrieval and clustering?
+        Put into a sentence a few times, some tokens pull its similarity with any other sentence towards one value.
+        Which are they, do they do more than random tokens, do they harm retrieval and clustering, and does the model
+        attend to them in another way?
 
     Method:
         Usable tokens are those whose text encodes to them again and is more than white space. u is the mean cosine of
@@ -87,29 +93,45 @@ class StickyTokens(Analysis):
         grid from the least similar, m, to m + 0.8 (u - m). The token is put into the second sentence in front, behind
         and at random places, 1, 2, … times. With the changes of the cosine distance d from one count to the next (F sum
         and f number of falls, R and r of rises, δ the distance of the token alone), score = (F + 0.1 f + 0.1 δ) / (R +
-        0.05 r + 0.01), meaned over pairs, places weighed 0.35, 0.35, 0.30. The 2 % of largest scores (or the n_candidates
-        largest) are candidates. p is the share of validation pairs whose mean d over the counts is below d without the
-        token, places weighed 4, 4, 3. Candidates with p > Q3 + 0.7 (Q3 - Q1) of the candidates are called sticky by the
-        published rule, where the cut may lie above 1. Called here are those that lie beyond random tokens (see Null). This is the released code of
-        the paper. It tests only whether pairs of low similarity are pulled up; the definition in words, that
-        similarities come near u from both sides, is measured beside it as mean |cos - u| with the largest number of
+        0.05 r + 0.01), averaged over pairs, places weighed 0.35, 0.35, 0.30. The 2 % of largest scores (or the
+        n_candidates largest) are candidates. p is the share of validation pairs whose mean d over the counts is below d
+        without the token, places weighed 4, 4, 3. The published rule calls candidates sticky if p > Q3 + 0.7 (Q3 - Q1)
+        of the candidates, a cut that may lie above 1. All this is the released code of the paper. Called sticky here
+        are candidates beyond random tokens (see Null).
+        Both sides: the released code tests only whether pairs of low similarity are pulled up. The definition in words,
+        that similarities come near u from both sides, is measured beside it: mean |cos - u| with the largest number of
         copies over mean |cos - u| without, on as many pairs below u as above, and the same of variances.
-        Harm: the share of a sentence's four nearest that are of its topic, over 60 built-in sentences of 12 topics, with
-        the five candidates of largest p put in, minus the same with benign tokens (drawn from the lowest scores).
+        Harm: the five candidates of largest p and five benign tokens (drawn from the lowest scores) are put into 60
+        built-in sentences of 12 topics, each at random places in the largest number of copies. Retrieval: the share of
+        a changed sentence's four nearest unchanged ones that are of its topic. Clustering: the v-measure of topics and
+        the twelve clusters of k-means (ten starts, fixed seed) when all sentences are changed by one token. Reported is
+        the mean of candidates minus that of benign tokens.
+        Attention: each of these tokens is appended once, without a space, to each sentence. What every query at every
+        head pays to it is pooled over sentences and tokens, and candidates are compared with benign tokens at each
+        layer: Wasserstein-1, and KL of densities in 30 shared bins (1e-10 added), as in the paper's released notebook.
+        The token is found by its place in the ids; texts in which tokenising makes something else of it are left out.
 
     Null:
-        Random usable tokens with as many copies, on the same pairs: their p, the share of them above the cut, and what
-        the rule returns within them. A candidate is beyond them where the log-odds of its p exceed the prediction limit
-        for one more random token, at 5 % for all validated tokens together; pairs that tokens were scored on are left
-        out of this comparison, since candidates were chosen by them.
+        Sticky: random usable tokens with as many copies, on the same pairs: their p, the share of them above the cut,
+        and what the rule returns within them. A candidate is beyond them where the log-odds of its p exceed the
+        prediction limit for one more random token, at 5 % for all validated tokens together; pairs that tokens were
+        scored on are left out of this comparison, since candidates were chosen by them.
+        Harm: benign tokens, with as many copies. Intervals are Welch's over tokens: sentences as units would call two
+        groups of random tokens different far too often, since tokens differ among themselves.
+        Attention: the same distances between two disjoint groups of random usable tokens, in 39 splits of thirty; the
+        interval is that of a jackknife over tokens.
 
     Known failure modes:
         The cut is an outlier rule within candidates of one model: it nearly always returns 1 to 6 % of them, also of
         random tokens, and counts are not comparable between models. With five pairs a score moves by 10 with the random
         places alone; judge by p. A token in front or behind is put there without a space and may merge with its
-        neighbour: the survival rate says how often it stays itself. Length alone pulls similarities (mean pooling), which
-        the random tokens share. A sample of tokens finds sticky ones only among itself. Sentences beyond the model's
-        length are cut. Intervals of p take pairs as independent, though they share sentences.
+        neighbour: the survival rate says how often it stays itself. Length alone pulls similarities (mean pooling),
+        which the random tokens share. A sample of tokens finds sticky ones only among itself. Sentences beyond the
+        model's length are cut. Intervals of p take pairs as independent, though they share sentences. Five tokens a
+        side show large harm only. A v-measure is not corrected for chance: that of shuffled topics stands beside it. KL
+        grows with every bin that one group leaves empty. A special token among the candidates may set their attention
+        apart alone. Models that compute no attention probabilities are not compared by them, and attention to a token
+        does not say what the model makes of it.
 
     References:
         Chen et al. 2025, Sticking to the Mean: Detecting Sticky Tokens in Text Embedding Models, arXiv 2507.18171, and
@@ -137,8 +159,28 @@ class StickyTokens(Analysis):
         "before": Measure(("rank",), "1", "cosine of each pair without tokens: those below u, then those above"),
         "after": Measure(("rank",), "1", "cosine with the largest number of copies of the candidate of largest p, mean over places"),
         "after_random": Measure(("rank",), "1", "cosine with the largest number of copies of a random token, mean over places and tokens"),
-        "retrieval": Measure(("case", "text"), "share", "of a sentence's four nearest, those of its topic; only the sentence itself is changed"),
-        "clustering": Measure(("case", "text"), "share", "of a sentence's four nearest, those of its topic; all sentences are changed"),
+        "tried": Measure(("vocab",), "1", "1 for benign tokens, 2 for the candidates of largest p: those put into sentences of known topics"),
+        "retrieval": Measure(("vocab",), "share", "of a sentence's four nearest, those of its topic, when the sentence alone is changed by the token; NaN where not tried"),
+        "retrieval_without": Measure((), "share", "the same without tokens"),
+        "retrieval_by_sentence": Measure(("case", "text"), "share", "the same by sentence, the mean over tokens: without tokens, with benign ones, with candidates"),
+        "clustering": Measure(("vocab",), "1", "v-measure of topics and k-means clusters when all sentences are changed by the token; NaN where not tried"),
+        "clustering_without": Measure((), "1", "the same without tokens"),
+        "clustering_chance": Measure((), "1", "the same with clusters shuffled among the sentences, mean of 100"),
+        "received": Measure(("case", "layer"), "share", "mean attention that queries pay to one appended copy: of random tokens, benign ones, candidates; NaN where the model shows no attention"),
+        "received_there": Measure(("vocab",), "share", "mean attention that each of these tokens receives at the layer where attention_w1 is the largest multiple of attention_w1_null; NaN for other tokens, and as attention_w1_null"),
+        "received_low": Measure(("layer",), "share", "2.5 % quantile over groups of random tokens of the candidates' number; NaN as attention_w1_null"),
+        "received_high": Measure(("layer",), "share", "97.5 % quantile over these groups; NaN as attention_w1_null"),
+        "attention_w1": Measure(("layer",), "share", "Wasserstein-1 of what candidates and benign tokens receive; NaN where the model shows no attention, or one side has fewer than two tokens that stay themselves"),
+        "attention_w1_error": Measure(("layer",), "share", "its standard error, a jackknife over tokens; NaN as attention_w1"),
+        "attention_w1_null": Measure(("layer",), "share", "the same distance between two groups of random tokens, median over splits; NaN as attention_w1, or where random tokens are too few"),
+        "attention_w1_null_95": Measure(("layer",), "share", "95 % quantile over splits; NaN as attention_w1_null"),
+        "attention_kl_nats": Measure(("layer",), "nats", "KL of what candidates receive from what benign tokens do, 30 bins; NaN as attention_w1"),
+        "attention_kl_null_95_nats": Measure(("layer",), "nats", "95 % quantile over splits of random tokens; NaN as attention_w1_null"),
+        "attention_p": Measure((), "probability", "share of splits, and one more, whose distance reaches at some layer the multiple of its median that candidates reach; NaN as attention_w1_null"),
+        "attention_tokens": Measure((), "tokens", "candidates and benign tokens whose attention was compared"),
+        "attention_texts": Measure((), "texts", "texts whose attention was looked at"),
+        "attention_left_out": Measure((), "texts", "texts left out, since the appended token is none of its own there"),
+        "attention_missing": Measure((), "1", "why the model shows no attention; empty where it does"),
         "n_cut": Measure((), "texts", "texts that were cut because the model does not read so many tokens"),
         "n_pairs": Measure((), "pairs", "pairs of the validation"),
         "shown": Measure(("vocab",), "1", "what the token shows as"),
@@ -150,11 +192,11 @@ class StickyTokens(Analysis):
         return 0
 
     def flow(self, params: Any, info: ModelInfo) -> Flow:
-        """Vocabulary, pairs, scores, validation beside random tokens, both sides, harm."""
-        insertions = _insertions(params)
+        """Vocabulary, pairs, scores, validation beside random tokens, both sides, harm, attention."""
+        insertions = insertions_of(params.counts, params.seed)
         batch = yield Texts()
         table: VocabularyTable = yield Vocabulary()
-        kinds, named = categories(table), _named(params, len(table))
+        kinds, named = categories(table), named_ids(params.tokens, len(table))
         usable = usable_tokens(table, kinds)
         u = yield from vocabulary_similarity(table)
         sizes = params.n_scoring, params.n_validation, params.n_above
@@ -169,153 +211,34 @@ class StickyTokens(Analysis):
         valid = yield from inserted(tokens, table, below, insertions, why="validation")
         higher = yield from inserted(tokens, table, above, insertions.last, why="pairs above u")
         p = spread(hit_shares(valid, below), tokens, len(table))
-        kinds_of_topic = benign(score, asked, params.seed), strongest(p, asked)
-        harm = yield from topic_neighbours(kinds_of_topic, table, insertions.last)
-        found = Validated(asked, score, p, valid, higher, below, above, u)
+        weak, strong = benign(score, asked, params.seed), strongest(p, asked)
+        harm = yield from topic_harm((weak, strong), table, insertions.last)
+        groups = ordinary(usable, asked, weak, params.seed), weak, strong
+        shown = yield from received([int(t) for group in groups for t in group], table)
+        found = Validated(asked, score, p, valid, higher, below, above, u).dataset(scoring, level=_LEVEL)
         values = {
             "similarity": ((), u),
             "usable": ("vocab", np.isin(np.arange(len(table)), usable).astype(float)),
             "n_cut": ((), trials.n_cut + valid.n_cut + higher.n_cut),
-            "retrieval": (("case", "text"), harm[0]),
-            "clustering": (("case", "text"), harm[1]),
             "shown": ("vocab", np.array(table.shown, dtype=object)),
         }
-        return found.dataset(scoring, level=_LEVEL).assign(values)
+        attention = compared(shown, groups, n_layers=info.n_layers, n_vocab=len(table), seed=params.seed)
+        return found.assign(values).merge(harm.dataset()).merge(attention)
 
     def findings(self, result: Result) -> list[Finding]:
-        """The tokens to strip, what the rule returns of random tokens, both sides, harm, survival, the vocabulary."""
-        return [
-            _strip(result), _rule(result), *_both_sides(result), *_harm(result), *_survival(result), _vocabulary(result),
-        ]  # fmt: skip
+        """The tokens to strip, what the rule returns, both sides, harm, attention, survival, the vocabulary."""
+        return [Finding(**one) for one in said(result.dataset, lambda i: _word(result, i), _LEVEL)]
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
-        """Candidates by p against the cut, pairs before and after, both sides of u, scores, harm."""
+        """Candidates by p against the cut, pairs before and after, both sides of u, scores, harm, attention."""
         return {
             "candidates": _candidates_drawing(result), "pairs": _pairs_drawing(result), "sides": _sides_drawing(result),
-            "scores": _scores_drawing(result), "harm": _harm_drawing(result),
+            "scores": _scores_drawing(result), **_harm_drawings(result), **_attention_drawings(result),
         }  # fmt: skip
-
-
-def _ints(text: str, name: str, what: str) -> list[int]:
-    try:
-        return [int(x) for x in text.split(",") if x.strip()]
-    except ValueError:
-        raise InputError(f"{name} holds {what} separated by commas; found {text!r}.") from None
-
-
-def _insertions(params: Any) -> Insertions:
-    counts = _ints(params.counts, "counts", "numbers of copies")
-    if not counts or sorted(set(counts)) != counts or counts[0] < 1:
-        raise InputError(f"counts holds ascending numbers of copies, such as 1,2,4,8; found {params.counts!r}.")
-    return Insertions(tuple(counts), params.seed)
-
-
-def _named(params: Any, n_vocab: int) -> list[int]:
-    named = _ints(params.tokens, "tokens", "ids")
-    if not all(0 <= i < n_vocab for i in named):
-        raise InputError(f"tokens holds ids from 0 to {n_vocab - 1}; found {params.tokens!r}.")
-    return named
 
 
 def _word(result: Result, token: int) -> str:
     return f"{plots.visible(str(result['shown'].values[token]))!r} ({token})"
-
-
-def _interval(result: Result, token: int) -> tuple[float, float]:
-    n = int(result["n_pairs"])
-    return _wilson(round(float(result["p"].values[token]) * n), n)
-
-
-def _wilson(k: int, n: int) -> tuple[float, float]:
-    low, high = wilson(k, n)
-    return round(low, 9), round(high, 9)  # 0 of n gives 0, and no rest of rounding
-
-
-def _by_p(result: Result, chosen: np.ndarray) -> list[int]:
-    p = result["p"].values
-    return [int(i) for i in sorted(np.flatnonzero(chosen), key=lambda i: (-p[i], i))]
-
-
-def _strip(result: Result) -> Finding:
-    sticky, published, p = result["sticky"].values, result["published"].values, result["p"].values
-    strong, weak = _by_p(result, sticky == 1), _by_p(result, (published == 1) & (sticky == 0))
-    listed = ", ".join(f"{_word(result, i)} p = {p[i]:.3f}" for i in strong[:12])
-    more = f" and {len(strong) - 12} more" if len(strong) > 12 else ""
-    others = ", ".join(f"{_word(result, i)} {p[i]:.3f}" for i in weak[:12])
-    rest = f" Above the published cut, but no further than a random token may lie: {others}." if weak else ""
-    strip = f"Sticky; strip these from user input: {listed}{more}."
-    said = strip if strong else "No token is sticky beyond random tokens."
-    k, n = len(strong), int(tested(result["asked"].values).sum())
-    ends = {i: _interval(result, i) for i in (strong + weak)[:40]}
-    where = {str(i): f"p {p[i]:.3f}, 95 % {low:.3f} to {high:.3f}" for i, (low, high) in ends.items()}
-    return Finding(
-        said + rest, k / n, "share of validated tokens", _LEVEL / n, "random tokens called by the same test", _wilson(k, n), n,
-        "tokens", where,
-    )  # fmt: skip
-
-
-def _rule(result: Result) -> Finding:
-    asked, p = result["asked"].values, result["p"].values
-    candidates, random = p[asked == CANDIDATE], p[asked == RANDOM]
-    k, n, own = int((candidates > float(result["cut"])).sum()), len(candidates), outlier_cut(random)
-    return Finding(
-        f"The published rule returns {k} of {n} candidates (p above {float(result['cut']):.3f}); {int((random > float(result['cut'])).sum())} of "
-        f"{len(random)} random tokens lie above that cut, and the rule within them returns {int((random > own).sum())}.",
-        k / n, "share of candidates", float((random > own).mean()), "the rule within random tokens", _wilson(k, n), n, "tokens",
-    )  # fmt: skip
-
-
-def _both_sides(result: Result) -> list[Finding]:
-    asked, value = result["asked"].values, result["two_sided"].values
-    if not np.isfinite(value).any():
-        return []
-    best, variance = strongest(result["p"].values, asked), result["variance_ratio"].values
-    found, null = text_mean(value[best], "tokens"), float(value[asked == RANDOM].mean())
-    nearer = "nearer to it than" if found.ci95 is not None and found.ci95[1] < null else "no nearer to it than"
-    return [
-        Finding(
-            f"On pairs from both sides of u = {float(result['similarity']):.4f}, the {len(best)} candidates of largest p leave "
-            f"{found.value:.2f} of the distance to u (random tokens: {null:.2f}) and {variance[best].mean():.2f} of the "
-            f"variance ({variance[asked == RANDOM].mean():.2f}); they bring similarities {nearer} random tokens do.",
-            found.value, "× without tokens", null, "random tokens, as many copies", found.ci95, found.n, found.n_unit,
-        )
-    ]  # fmt: skip
-
-
-def _harm(result: Result) -> list[Finding]:
-    found = []
-    for name, what in (("retrieval", "queries"), ("clustering", "all sentences")):
-        none, benign, sticky = result[name].values
-        contrast = text_mean(sticky - benign, "sentences")
-        found.append(
-            Finding(
-                f"With the strongest candidates in {what}, {sticky.mean():.1%} of the four nearest are of the sentence's topic; "
-                f"with benign tokens {benign.mean():.1%}, without tokens {none.mean():.1%}.",
-                contrast.value, "share of neighbours", 0.0, "sticky harms as much as benign tokens", contrast.ci95, contrast.n,
-                contrast.n_unit, {"measure": name},
-            )
-        )  # fmt: skip
-    return found
-
-
-def _survival(result: Result) -> list[Finding]:
-    chosen = tested(result["asked"].values)
-    kept, added = text_mean(result["survival"].values[chosen], "tokens"), result["added"].values[chosen].mean()
-    return [
-        Finding(
-            f"{kept.value:.0%} of the inserted copies are still the token after tokenising; a copy adds {added:.2f} tokens.",
-            kept.value, "share of copies", 1.0, "no copy merges with its neighbours", kept.ci95, kept.n, kept.n_unit,
-        )
-    ]  # fmt: skip
-
-
-def _vocabulary(result: Result) -> Finding:
-    usable, n = int(result["usable"].values.sum()), result["usable"].size
-    return Finding(
-        f"{usable:,} of {n:,} ids are usable tokens; the spellings of the vocabulary have a mean similarity of "
-        f"u = {float(result['similarity']):.5f}.", float(result["similarity"]), "cosine", 0.0, "directions drawn at random",
-        None, 1, "vocabulary",
-    )  # fmt: skip
 
 
 def _about(result: Result) -> str:
@@ -325,12 +248,12 @@ def _about(result: Result) -> str:
 
 def _candidates_drawing(result: Result) -> plots.Drawing:
     asked, p, sticky = result["asked"].values, result["p"].values, result["sticky"].values
-    top = _by_p(result, (asked == CANDIDATE) | (asked == NAMED))[:_SHOWN]
+    top = by_p(result.dataset, (asked == CANDIDATE) | (asked == NAMED))[:_SHOWN]
     labels = {_word(result, i): i for i in top}
     random, n = p[asked == RANDOM], int(sticky.sum())
     return plots.bars(
         {label: float(p[i]) for label, i in labels.items()},
-        intervals={label: _interval(result, i) for label, i in labels.items()},
+        intervals={label: interval(result.dataset, i) for label, i in labels.items()},
         title=f"Tokens that pull pairs together beyond random ones: {n or 'none'}", unit="share",
         quantity="pairs brought nearer", by="token", reference=(float(result["cut"]), "published cut"),
         caption=f"{_about(result)} Intervals: Wilson, pairs as draws. {len(random)} random tokens: mean "
@@ -382,18 +305,64 @@ def _scores_drawing(result: Result) -> plots.Drawing:
     )  # fmt: skip
 
 
-def _harm_drawing(result: Result) -> plots.Drawing:
-    values: dict[str, float] = {}
-    ends: dict[str, tuple[float, float]] = {}
-    for name, what in (("retrieval", "queries"), ("clustering", "all")):
-        for kind, row in zip(("no token", "benign", "sticky"), result[name].values, strict=True):
-            found = text_mean(row, "sentences").within(0, 1)
-            label = f"{what}: {kind}"
-            values[label] = found.value
-            ends[label] = found.ci95 or (found.value, found.value)
-    return plots.bars(
-        values, intervals=ends, title="Does a sentence still find its topic?", unit="share", quantity="neighbours of its topic",
-        by="what is changed, and with what",
-        caption=f"{_about(result)} Four nearest of 60 sentences of 12 topics; means over five tokens, intervals over sentences.",
-        alt="Bars of the share of neighbours of the same topic, without tokens, with benign and with sticky ones.",
-    )  # fmt: skip
+def _harm_drawings(result: Result) -> dict[str, plots.Drawing]:
+    drawn: dict[str, plots.Drawing] = {}
+    tried, kinds = result["tried"].values, {"benign": BENIGN_TRIED, "strongest candidates": STICKY_TRIED}
+    nearest = f"The sentence alone is changed, and its {NEAREST} nearest are looked at."
+    shapes = {
+        "retrieval": ("Does a sentence still find its topic?", "share", "neighbours of its topic", nearest),
+        "clustering": (
+            "Does k-means still find the topics?",
+            "1",
+            "v-measure",
+            "All sentences are changed by one token.",
+        ),
+    }
+    for name, (title, unit, quantity, how) in shapes.items():
+        without, chance = float(result[f"{name}_without"]), float(result["clustering_chance"])
+        values, ends = {"no token": without}, {"no token": (without, without)}
+        for label, kind in kinds.items():
+            found = text_mean(result[name].values[tried == kind], "tokens").within(0, 1)
+            values[label], ends[label] = found.value, found.ci95 or (found.value, found.value)
+        drawn[name] = plots.bars(
+            values, intervals=ends, title=title, unit=unit, quantity=quantity, by="put in",
+            reference=(chance, "shuffled topics") if name == "clustering" else None,
+            caption=f"{_about(result)} 60 sentences of 12 topics, {int((tried == STICKY_TRIED).sum())} candidates and "
+            f"{int((tried == BENIGN_TRIED).sum())} benign tokens, the most copies at random places. {how} Intervals: "
+            "Student's t over tokens; without tokens there is one value.",
+            alt=f"Bars of {quantity} without tokens, with benign ones and with the strongest candidates.",
+        )  # fmt: skip
+    return drawn
+
+
+def _attention_drawings(result: Result) -> dict[str, plots.Drawing]:
+    received, w1 = result["received"], result["attention_w1"]
+    if not np.isfinite(w1.values).all():
+        return {}
+    random, weak, strong = (received.isel(case=i) for i in range(3))
+    texts, out = int(result["attention_texts"]), int(result["attention_left_out"])
+    about = (
+        f"{result.provenance.get('model', {}).get('name', 'model')}, one copy appended to 60 sentences, {texts:,} texts "
+        f"({out:,} left out: the token did not stay one)."
+    )
+    beyond = int((w1.values > result["attention_w1_null_95"].values).sum())
+    return {
+        "attention": plots.lines(
+            {"strongest candidates": strong, "benign": weak, "random": random},
+            bands={"random": (result["received_low"], result["received_high"])},
+            title="Attention paid to an appended token", unit="share", quantity="mean attention per query and head",
+            caption=f"{about} Band: 95 % of groups of random tokens as large as that of the candidates.",
+            alt="Lines by layer of the mean attention that candidates, benign and random tokens receive.",
+        ),
+        "distance": plots.lines(
+            {
+                "candidates against benign": w1, "random, 95 % quantile": result["attention_w1_null_95"],
+                "random, median": result["attention_w1_null"],
+            },
+            title=f"Candidates and benign tokens differ beyond random groups at {beyond} of {w1.size} layers",
+            unit="share", quantity="Wasserstein-1 of attention",
+            caption=f"{about} The quantile is that of each layer by itself, over {SPLITS} pairs of groups of random "
+            f"tokens; over all layers together p = {float(result['attention_p']):.3f}. A single token can set a group apart.",
+            alt="Lines by layer of the distance between candidates and benign tokens, and between random groups.",
+        ),
+    }  # fmt: skip

@@ -24,6 +24,7 @@ from probekit.core import (
     Forward,
     KnockOut,
     LogitDifference,
+    NextTokenEntropy,
     Patch,
 )
 from probekit.reduce import AttentionStats, Field, Keep, NextToken, Norm, Readout, Reducer
@@ -286,10 +287,10 @@ def test_knocked_out_edges_leave_their_share_to_the_rest(family: Family) -> None
         relative(found[name][0], expected[name], what=name)
 
 
-def test_gradients_are_slopes(family: Family) -> None:
-    """Along a random direction at attn_out and mlp_out, the gradient of a logit difference is its slope."""
+@pytest.mark.parametrize("metric", [LogitDifference((7,), (9,)), NextTokenEntropy()], ids=["difference", "entropy"])
+def test_gradients_are_slopes(family: Family, metric: LogitDifference | NextTokenEntropy) -> None:
+    """Along a random direction at attn_out and mlp_out, the gradient of a number is its slope."""
     batch = BATCH.select([2])
-    metric = LogitDifference((7,), (9,))
     rng = np.random.default_rng(5)
     for point in ("attn_out.1", "mlp_out.1"):
         request = Forward((Capture(point, Keep()),), texts=(2,), gradient_of=metric)
@@ -300,7 +301,9 @@ def test_gradients_are_slopes(family: Family) -> None:
         def difference(step: float, point: str = point, direction: np.ndarray = direction) -> float:
             request = Forward((Capture("logits", Keep()),), (Patch(point, Add(direction, step)),))
             last = family.model.execute(request, batch)[0].arrays["value"][-1].astype(np.float64)
-            return float(last[7] - last[9])
+            logprob = last - last.max() - np.log(np.exp(last - last.max()).sum())
+            entropy = -float((np.exp(logprob) * logprob).sum())
+            return entropy if isinstance(metric, NextTokenEntropy) else float(last[7] - last[9])
 
         slope = (difference(2e-3) - difference(-2e-3)) / 4e-3
         scale = float(np.linalg.norm(gradient * direction))

@@ -1,4 +1,4 @@
-"""Gradients of a logit difference, at every point: against finite differences and against plain autograd.
+"""Gradients of a logit difference and of an entropy, at every point: against finite differences and against plain autograd.
 
 The finite differences are central ones in a float64 model; the step goes through a patch (`Add`), so that what is
 differentiated is what a patch changes. The plain gradients come from transformers and torch alone.
@@ -7,6 +7,7 @@ differentiated is what a patch changes. The plain gradients come from transforme
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from probekit.core import (
     InputError,
     KnockOut,
     LogitDifference,
+    NextTokenEntropy,
     Patch,
     Point,
 )
@@ -37,6 +39,9 @@ KINDS = ("llama-grouped", "gpt2", "mistral")
 CHANGEABLE = ("embed", "resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_act", "q", "k", "v", "z")
 BATCH = texts_of((9, 4), D_VOCAB)
 METRIC = LogitDifference((17, 40), (99, -1))
+ENTROPY = NextTokenEntropy()
+TARGETS: dict[str, Any] = {"logit difference": METRIC, "entropy": ENTROPY}
+Target = LogitDifference | NextTokenEntropy
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,14 @@ def doubled(kind: str) -> TransformersModel:
     return TransformersModel.from_loaded(module, words_tokenizer(), name=f"double-{kind}").load()
 
 
-def gradient(model: Any, point: Point | str, metric: LogitDifference = METRIC, *patches: Patch) -> list[np.ndarray]:
+def gradient(model: Any, point: Point | str, metric: Target = METRIC, *patches: Patch) -> list[np.ndarray]:
     """One array per text: d metric / d activation; axes token, then the point's own."""
     request = Forward((Capture(point, Exact()),), patches, gradient_of=metric)
     value = model.execute(request, BATCH)[0].arrays["value"]
     return np.split(value[0] if SITES[Point.of(point).site].layered else value, np.cumsum(BATCH.lengths)[:-1])
 
 
-def measured(model: TransformersModel, metric: LogitDifference, *patches: Patch) -> np.ndarray:
+def measured(model: TransformersModel, metric: Target, *patches: Patch) -> np.ndarray:
     """The metric of each text, from the last block's output through norm and unembedding; float64."""
     rows = model.execute(Forward((Capture("resid_post.2", Exact()),), patches), BATCH)[0].arrays["value"][0]
     found = []
@@ -80,22 +85,29 @@ def measured(model: TransformersModel, metric: LogitDifference, *patches: Patch)
         for i, one in enumerate(np.split(rows, np.cumsum(BATCH.lengths)[:-1])):
             norm = model.part(model.architecture.final_norm)
             logits = model.module.get_output_embeddings()(norm(torch.tensor(one[metric.position])))
-            minus = logits[metric.minus[i]] if metric.minus[i] >= 0 else 0.0
-            found.append(float(logits[metric.plus[i]] - minus))
+            found.append(float(plainly(logits, metric, i)))
     return np.array(found)
+
+
+def plainly(logits: torch.Tensor, metric: Target, text: int) -> torch.Tensor:
+    """The number of one text, from its logits; torch's own entropy."""
+    if isinstance(metric, NextTokenEntropy):
+        return torch.distributions.Categorical(logits=logits).entropy()
+    return logits[metric.plus[text]] - (logits[metric.minus[text]] if metric.minus[text] >= 0 else 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("site", CHANGEABLE)
-def test_gradients_equal_finite_differences(kind: str, site: str) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients_equal_finite_differences(kind: str, site: str, target: str) -> None:
     """Along random directions at every point: to 1e-6 relative; queries and keys included."""
-    model, point = doubled(kind), Point(site, 1 if SITES[site].layered else None)
-    found, rng, step = gradient(model, point), np.random.default_rng(0), 1e-5
+    model, point, metric = doubled(kind), Point(site, 1 if SITES[site].layered else None), TARGETS[target]
+    found, rng, step = gradient(model, point, metric), np.random.default_rng(0), 1e-5
     for text, pos in ((0, 0), (0, 6), (1, -2), (1, -1)):
         shape = found[text].shape[1:]
         direction = rng.normal(size=shape).astype(np.float32)
         up, down = (
-            measured(model, METRIC, Patch(point, Add(direction[None], sign * step), positions=(pos,), texts=(text,)))
+            measured(model, metric, Patch(point, Add(direction[None], sign * step), positions=(pos,), texts=(text,)))
             for sign in (1, -1)
         )
         slope = (up - down)[text] / (2 * step)
@@ -104,7 +116,7 @@ def test_gradients_equal_finite_differences(kind: str, site: str) -> None:
         assert (up - down)[1 - text] == 0, "texts do not touch each other"
 
 
-def plain_gradients(kind: str, row: int, metric: LogitDifference) -> dict[str, np.ndarray]:
+def plain_gradients(kind: str, row: int, metric: Target) -> dict[str, np.ndarray]:
     """What torch says of one text, of the transformers model by itself in float64; by point."""
     module, seen = in_double(tiny_model(kind).module), {}
 
@@ -137,16 +149,16 @@ def plain_gradients(kind: str, row: int, metric: LogitDifference) -> dict[str, n
     if not gpt2:
         attention.v_proj.register_forward_hook(output_of("v.1"))
     logits = module(torch.tensor([BATCH.texts[row].ids]), use_cache=False).logits[0, metric.position]
-    minus = logits[metric.minus[row]] if metric.minus[row] >= 0 else 0.0
-    (logits[metric.plus[row]] - minus).backward()
+    plainly(logits, metric, row).backward()
     return {name: values.grad[0].numpy() for name, values in seen.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("position", [-1, 2])
-def test_gradients_equal_plain_autograd(kind: str, position: int) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients_equal_plain_autograd(kind: str, position: int, target: str) -> None:
     """Every entry at every token, in float64, from a batch with padding; nothing flows back from later tokens."""
-    metric = LogitDifference(METRIC.plus, METRIC.minus, position)
+    metric = dataclasses.replace(TARGETS[target], position=position)
     for row, n in enumerate(BATCH.lengths):
         plain = plain_gradients(kind, row, metric)
         assert len(plain) == (9 if kind == "gpt2" else 10)
@@ -158,11 +170,12 @@ def test_gradients_equal_plain_autograd(kind: str, position: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_gradients_are_those_of_float64(kind: str) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_gradients_are_those_of_float64(kind: str, target: str) -> None:
     for site in (*CHANGEABLE, "resid_mid", "final_norm"):
-        point = Point(site, 1 if SITES[site].layered else None)
+        point, metric = Point(site, 1 if SITES[site].layered else None), TARGETS[target]
         for found, expected in zip(
-            gradient(tiny_model(kind).model, point), gradient(doubled(kind), point), strict=True
+            gradient(tiny_model(kind).model, point, metric), gradient(doubled(kind), point, metric), strict=True
         ):
             assert_close(found, expected, atol=2e-5 * float(np.abs(expected).max()), what=site)
 
@@ -232,6 +245,16 @@ REFUSED: dict[str, tuple[Forward, type[Exception], str]] = {
         Forward((Capture("z.1", Keep()),), gradient_of=LogitDifference((1, 1), (2, 2), 5)),
         InputError,
         "read at position 5; text 1 has 4 tokens",
+    ),
+    "position of an entropy": (
+        Forward((Capture("z.1", Keep()),), gradient_of=NextTokenEntropy(-5)),
+        InputError,
+        "The next-token entropy is read at position -5; text 1 has 4 tokens",
+    ),
+    "lens of an entropy": (
+        Forward((Capture("resid_post", Readout()),), gradient_of=ENTROPY),
+        CapabilityError,
+        "without gradient_of",
     ),
     "token id": (
         Forward((Capture("z.1", Keep()),), gradient_of=LogitDifference((1, 128), (2, 2))),

@@ -44,6 +44,7 @@ from probekit.core import (
     KnockOut,
     LogitDifference,
     ModelError,
+    NextTokenEntropy,
     Patch,
     ProjectOut,
     Replace,
@@ -170,12 +171,16 @@ def test_a_value_patch_is_the_native_one() -> None:
             "nnsight backend does not serve gradients; use backend='transformers'",
         ),
         (
+            Forward((Capture("embed", Keep()),), gradient_of=NextTokenEntropy()),
+            "nnsight backend does not serve gradients; use backend='transformers'",
+        ),
+        (
             Forward((Capture("logits", Keep()),), (Patch("pattern.1", KnockOut([0], [-1])),)),
             "does not serve knock-outs",
         ),
         (Forward((Capture("resid_post.9", Keep()),)), "Layer 9 of 'resid_post' is outside this model"),
     ],
-    ids=["q", "k", "gradient", "knock-out", "layer"],
+    ids=["q", "k", "gradient", "gradient of an entropy", "knock-out", "layer"],
 )
 def test_what_it_cannot_serve_is_refused_by_name(request_: Forward, message: str) -> None:
     with pytest.raises((CapabilityError, InputError), match=message):

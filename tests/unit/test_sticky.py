@@ -23,8 +23,10 @@ from probekit.methods.sticky import (
     token_score,
     two_sided,
 )
-from probekit.methods.sticky_trials import nearest_of_topic, pairs_of, usable_tokens
+from probekit.methods.sticky_harm import clusters, difference, nearest_of_topic, v_measure
+from probekit.methods.sticky_trials import pairs_of, usable_tokens
 from probekit.methods.token_categories import categories
+from probekit.stats import wilson
 from probekit.texts import read_texts
 
 
@@ -130,6 +132,37 @@ def test_neighbours_of_the_topic_by_hand() -> None:
     rows = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     np.testing.assert_array_equal(nearest_of_topic(rows, rows, np.array(["x", "y", "x", "y"]), k=1), [0, 0, 0, 0])
     np.testing.assert_array_equal(nearest_of_topic(rows, rows, np.array(["x", "x", "y", "y"]), k=1), [1, 1, 0, 1])
+
+
+def test_k_means_and_v_measure_by_hand() -> None:
+    """Two topics of four rows, one row of the second among the first: homogeneity and completeness from entropies."""
+    rows = np.array([[0, 0], [0, 0.1], [0.1, 0], [0, 0], [0, 0], [5, 5], [5, 5.1], [5, 5.0]])
+    found = clusters(rows, 2)
+    assert len(set(found[:5].tolist())) == len(set(found[5:].tolist())) == 1 and found[0] != found[5]
+    h_topic, h_cluster = np.log(2), -(5 / 8) * np.log(5 / 8) - (3 / 8) * np.log(3 / 8)
+    shared = 0.5 * np.log(0.5 / (0.5 * 5 / 8)) + 1 / 8 * np.log(1 / 8 / (0.5 * 5 / 8)) + 3 / 8 * np.log(1 / 0.5)
+    homogeneity, completeness = shared / h_topic, shared / h_cluster
+    expected = 2 * homogeneity * completeness / (homogeneity + completeness)
+    assert v_measure(["a"] * 4 + ["b"] * 4, found) == pytest.approx(expected)
+    assert v_measure(["a"] * 4 + ["b"] * 4, clusters(np.zeros((8, 2)), 2)) == 0.0  # all texts are one
+
+
+def test_the_difference_of_means_has_welchs_interval() -> None:
+    from scipy.stats import ttest_ind
+
+    a, b = np.array([0.1, 0.3, 0.2, 0.5]), np.array([0.6, 0.4, 0.5])
+    value, ci95 = difference(a, b)
+    assert value == pytest.approx(-0.225)
+    assert ci95 == pytest.approx(tuple(ttest_ind(a, b, equal_var=False).confidence_interval()))
+    assert difference(a[:1], b) == (pytest.approx(-0.4), None)
+    assert difference(np.ones(3), np.zeros(2)) == (1.0, (1.0, 1.0))
+
+
+def test_the_interval_of_a_share_ends_at_0_and_1_exactly() -> None:
+    for n in (1, 7, 30, 60, 1000):
+        assert wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0
+        assert wilson(0, n)[1] == pytest.approx(1 - wilson(n, n)[0])
+    assert wilson(3, 10) == pytest.approx((0.10779, 0.60322), abs=1e-5)
 
 
 def batch(*texts: tuple[str, str]) -> Batch:

@@ -1,11 +1,10 @@
 """An nnsight model behind probekit's model protocol (nnsight 0.8, `nnsight.TransformersModel`).
 
-A pass is one `with model.trace(ids):` block that visits modules in the order in which the model reaches
-them. nnsight runs such a block as a greenlet in step with the forward pass, so the block holds the real
-tensors and may write others back; patches are therefore edits of `.output` and `.inputs`, as an nnsight
-user would write them. Attention probabilities are what eager attention returns (`self_attn.output[1]`):
-the model is switched to eager for a pass that asks for them, and back. Such a pass holds
-head × query × key of a layer at a time, which the native backend never does.
+A pass is one `with model.trace(ids):` block that visits modules in the order in which the model reaches them. nnsight
+runs such a block as a greenlet in step with the forward pass, so the block holds the real tensors and may write others
+back; patches are therefore edits of `.output` and `.inputs`, as an nnsight user would write them. Attention
+probabilities are what eager attention returns (`self_attn.output[1]`): the model is switched to eager for a pass that
+asks for them, and back. Such a pass holds head × query × key of a layer at a time, which the native backend never does.
 
 Of the points inside attention, `z` is what the output projection reads and `v` what a separate value
 projection writes. `q` and `k` after rotary embedding pass no module's edge; they are left out, as are `v`
