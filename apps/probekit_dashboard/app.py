@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from probekit_dashboard import frame, pages
+from probekit_dashboard import frame, views
 from probekit_dashboard.session import selection, write_url
 
 
@@ -15,8 +15,8 @@ def main() -> None:
         "<style>.block-container{padding-top:3.4rem;padding-bottom:2rem}</style>", unsafe_allow_html=True
     )  # a constant: no text of a user or model
     selection()
-    sections = pages.navigation()
-    page = st.navigation(sections, expanded=len(pages.OWN) + 3)
+    sections = views.navigation()
+    page = st.navigation(sections, expanded=len(views.OWN) + 3)
     wanted = st.session_state.pop("go", None)
     if wanted is not None:
         st.switch_page(next(p for p in sections["Explore"] if p.url_path == wanted))

@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 import probekit as pk
-from probekit_dashboard.pages.phenomenon import widget
+from probekit_dashboard.views.phenomenon import widget
 
 
 def form(name: str, quick: Mapping[str, Any], key: str, label: str) -> tuple[dict[str, Any], bool]:

@@ -198,7 +198,7 @@ def page(name: str, seen: Any) -> Any:
 
         if "selection" not in st.session_state:
             st.session_state["selection"] = st.session_state["seen"].selection
-        importlib.import_module(f"probekit_dashboard.pages.{st.session_state['page']}").body(st.session_state["seen"])
+        importlib.import_module(f"probekit_dashboard.views.{st.session_state['page']}").body(st.session_state["seen"])
 
     test = AppTest.from_function(script, default_timeout=60)
     test.session_state["seen"], test.session_state["page"] = seen, name

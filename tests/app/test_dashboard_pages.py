@@ -12,8 +12,8 @@ import xarray as xr
 from helpers import scripted, tiny_model
 from probekit_dashboard import interventions, rollouts, window
 from probekit_dashboard.interventions import Intervention
-from probekit_dashboard.pages import critical, forks, massive
 from probekit_dashboard.rollouts import SILENT, Found, Live, Option, Plan, Row
+from probekit_dashboard.views import critical, forks, massive
 
 import probekit as pk
 from probekit import stats

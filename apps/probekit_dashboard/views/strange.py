@@ -12,8 +12,8 @@ from probekit import plots
 from probekit_dashboard import look, stored, strange
 from probekit_dashboard.export import export
 from probekit_dashboard.frame import Seen
-from probekit_dashboard.pages.phenomenon import draw
 from probekit_dashboard.session import MOST_BYTES, awaited, computed, key_of, opened, selection, start
+from probekit_dashboard.views.phenomenon import draw
 
 TITLE, ICON, PATH, NEEDS_TEXT = "Strange tokens", ":material/extension_off:", "strange", False
 _ENCODER = "all-minilm-l6-v2"

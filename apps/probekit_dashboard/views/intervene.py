@@ -21,8 +21,8 @@ from probekit_dashboard.interventions import (
     next_tokens,
     run,
 )
-from probekit_dashboard.pages.phenomenon import draw
 from probekit_dashboard.session import awaited, key_of, opened, start
+from probekit_dashboard.views.phenomenon import draw
 from probekit_dashboard.window import around
 
 TITLE, ICON, PATH = "Intervene", ":material/build:", "intervene"

@@ -13,7 +13,6 @@ from probekit import plots, sampling
 from probekit_dashboard.components import Grid, grid
 from probekit_dashboard.export import export, python_for
 from probekit_dashboard.frame import Seen, before
-from probekit_dashboard.pages.phenomenon import draw, show
 from probekit_dashboard.quick import form
 from probekit_dashboard.rollouts import (
     Found,
@@ -29,6 +28,7 @@ from probekit_dashboard.rollouts import (
     write,
 )
 from probekit_dashboard.session import awaited, kept, key_of, opened, select, start, works
+from probekit_dashboard.views.phenomenon import draw, show
 from probekit_dashboard.window import around
 
 TITLE, ICON, PATH = "Forks", ":material/call_split:", "forks"

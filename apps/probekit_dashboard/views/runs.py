@@ -14,8 +14,8 @@ from probekit import plots
 from probekit_dashboard import stored
 from probekit_dashboard.components import spine
 from probekit_dashboard.export import export
-from probekit_dashboard.pages.phenomenon import draw
 from probekit_dashboard.session import computed, key_of, opened, select
+from probekit_dashboard.views.phenomenon import draw
 
 TITLE, ICON, PATH, NEEDS_TEXT = "Runs", ":material/folder_open:", "runs", False
 MOST_TOKENS = 2000  # of a stored strip

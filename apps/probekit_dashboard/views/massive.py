@@ -13,10 +13,10 @@ from probekit import plots, stats
 from probekit_dashboard.components import Grid, grid
 from probekit_dashboard.export import export, python_for
 from probekit_dashboard.frame import Seen
-from probekit_dashboard.pages.overview import _safe
-from probekit_dashboard.pages.phenomenon import draw
 from probekit_dashboard.prepared import PREPARED
 from probekit_dashboard.session import awaited, computed, key_of, opened, select, start
+from probekit_dashboard.views.overview import _safe
+from probekit_dashboard.views.phenomenon import draw
 from probekit_dashboard.window import Columns, around, whole
 
 TITLE, ICON, PATH = "Massive activations", ":material/landscape:", "massive"

@@ -13,9 +13,9 @@ import probekit as pk
 from probekit import plots
 from probekit_dashboard.export import export
 from probekit_dashboard.frame import Seen
-from probekit_dashboard.pages.phenomenon import show
 from probekit_dashboard.quick import form
 from probekit_dashboard.session import awaited, key_of, opened, select, selection, start
+from probekit_dashboard.views.phenomenon import show
 
 TITLE, ICON, PATH, NEEDS_TEXT = "Critical tokens", ":material/dangerous:", "critical", False
 QUICK = {"tries": 16, "n": 16, "max_tokens": 64, "controls": 1}
