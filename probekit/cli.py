@@ -283,11 +283,9 @@ def _execute(
     }
     opened = open_model(spec or default_model(), lazy=True, **(how or {}))
     if only_plan:
-        for line in _about_tokens(make_batch(opened, jobs, texts, bos, window, chat)):
-            click.echo(line)
+        click.echo("\n".join(_about_tokens(make_batch(opened, jobs, texts, bos, window, chat))))
         look = [f"{job.analysis.name} begins with vocabulary and weights, which need no pass" for job in jobs]
-        for line in api.plan(names, opened, texts, **common, **params) or look:
-            click.echo(str(line))
+        click.echo("\n".join(map(str, api.plan(names, opened, texts, **common, **params) or look)))
         return
     assert out is not None
     journal = _journal_of(out, [job.analysis for job in jobs])
