@@ -17,6 +17,10 @@ _SETTINGS = {
     "client.toolbarMode": "minimal",
     "client.showErrorDetails": "none",  # readers get sentences; the terminal holds the rest
     "server.maxUploadSize": "20",  # MB
+    "runner.postScriptGC": "false",  # a full collection after every click takes long with a model in memory
+    "theme.light.primaryColor": "#2a4b7e",
+    "theme.dark.primaryColor": "#6ca5d3",
+    "theme.dark.backgroundColor": "#0e1117",  # that of dark figures
     "server.fileWatcherType": "none",  # classes that are loaded twice would not know one another
 }
 

@@ -145,11 +145,9 @@ def _one_text(models: list[Any], text: str | Batch, bos: BosPolicy) -> Batch:
 def _compared(model: Model, batch: Batch, logits: list[np.ndarray], top_k: int) -> xr.Dataset:
     import xarray as xr
 
-    n, following = len(logits[0]), np.asarray(batch.next_ids)
-    parts = [
-        _some(*(log_softmax(one[a : a + _ROWS]) for one in logits), following[a : a + _ROWS], top_k)
-        for a in range(0, n, _ROWS)
-    ]
+    (one, other), following = logits, np.asarray(batch.next_ids)
+    some = [slice(a, a + _ROWS) for a in range(0, len(one), _ROWS)]
+    parts = [_some(log_softmax(one[s]), log_softmax(other[s]), following[s], top_k) for s in some]
     found = {name: np.concatenate([p[name] for p in parts], axis=axis) for name, (axis, *_) in _VARIABLES.items()}
     ids = np.unique(found["top_id"])
     variables: dict[str, Any] = {

@@ -44,7 +44,7 @@ PREPARED: dict[str, Prepared] = {
         "A maths answer", "The digits decide. Branch at them on the page Forks, and see which answers they lead to.",
         "Q: Ann has 5 pears and gets 2 more. How many pears does she have?\nA: 5 + 2 = 7. The answer is 7.\n"
         "Q: A farmer has 12 cows, buys 5 more and sells 3. How many cows are there?\nA: 12 + 5 = 17. 17 - 3 = 14. The answer is 14.",
-        62, "forks",
+        83, "forks",
     ),
     "sinks": Prepared(
         "A text heavy with sinks", "Most heads park on the first token; some find the first delimiter.",
