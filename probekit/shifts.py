@@ -146,10 +146,10 @@ def _compared(model: Model, batch: Batch, logits: list[np.ndarray], top_k: int) 
     import xarray as xr
 
     n, following = len(logits[0]), np.asarray(batch.next_ids)
-    parts = [
-        _some(*(log_softmax(one[a : a + _ROWS]) for one in logits), following[a : a + _ROWS], top_k)
-        for a in range(0, n, _ROWS)
-    ]
+    parts = []
+    for a in range(0, n, _ROWS):
+        here = slice(a, a + _ROWS)
+        parts.append(_some(log_softmax(logits[0][here]), log_softmax(logits[1][here]), following[here], top_k))
     found = {name: np.concatenate([p[name] for p in parts], axis=axis) for name, (axis, *_) in _VARIABLES.items()}
     ids = np.unique(found["top_id"])
     variables: dict[str, Any] = {
