@@ -16,8 +16,8 @@ SAMPLE = 1500  # ordinary tokens of the scatter
 MOST = 1200  # of any other group
 LISTED = 5000  # candidates of a table
 CATEGORIES = (
-    "ok", "ok, special", "unreachable, looks special", "undecodable", "unreachable (another token)",
-    "unreachable (several tokens)", "no token",
+    "ok", "ok, special", "unreachable, looks special", "undecodable", "unreachable, becomes another token",
+    "unreachable, becomes several tokens", "no token",
 )  # fmt: skip
 
 
@@ -27,10 +27,10 @@ def spelling(card: pk.TokenCard) -> pd.DataFrame:
     rows = {
         "id": str(card.token),
         "shows as": plots.visible(card.shown),
-        "spelt in the vocabulary": plots.visible(card.piece) or "(no token)",
+        "piece": plots.visible(card.piece) or "(no token)",
         "bytes": card.bytes_hex or "not known",
         "category": card.category + ("; special to the tokenizer" if card.special else ""),
-        "its text encodes to": ids or "nothing",
+        "encodes to": ids or "nothing",
     }
     return pd.DataFrame({"what": list(rows), "value": list(rows.values())})
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import t, ttest_1samp
 
-from probekit.stats import BLOCK, Estimate, ratio, text_mean, token_mean, units
+from probekit.stats import BLOCK, Estimate, difference, ratio, text_mean, token_mean, units
 
 
 def test_text_mean_is_students_interval() -> None:
@@ -105,3 +105,23 @@ def test_interval_of_a_token_mean_covers_the_truth(n: int) -> None:
         naive += abs(values.mean()) < 1.96 * values.std() / len(values) ** 0.5
     assert 0.92 < held / trials < 0.985, held / trials
     assert naive / trials < 0.6
+
+
+def test_the_difference_of_two_estimates_by_hand() -> None:
+    """Ends that lie 3 and 4 away make one 5 away; each end takes the side of its own estimate that it depends on."""
+    one, other = Estimate(10.0, (7.0, 14.0), 5, "texts"), Estimate(20.0, (16.0, 23.0), 8, "texts")
+    found = difference(one, other)
+    assert found.value == 10.0 and (found.n, found.n_unit) == (5, "texts")
+    assert found.ci95 == pytest.approx((10 - np.hypot(4, 4), 10 + np.hypot(3, 3)))
+    assert difference(other, one).ci95 == pytest.approx((-10 - np.hypot(3, 3), -10 + np.hypot(4, 4)))
+    assert difference(one, Estimate(1.0, None, 1, "texts")).ci95 is None
+
+
+def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        a, b = text_mean(rng.normal(1, 1, 12)), text_mean(rng.normal(3, 2, 20))
+        low, high = difference(a, b).ci95 or (0.0, 0.0)
+        held.append(low <= 2 <= high)
+    assert 0.92 <= np.mean(held) <= 0.99

@@ -170,3 +170,16 @@ def test_command_line(folder: Path, stored: Path) -> None:
     assert "verification" in say("bam", "--verify")
     refused = CliRunner().invoke(cli, ["token", "999999", "--model", str(folder)])
     assert refused.exit_code == 2 and "go from 0 to 175; found 999999" in refused.output
+
+
+def test_a_book_gives_the_same_cards_without_reading_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = pk.TokenBook(folder)
+    monkeypatch.setattr("probekit.cards.answer", None)  # nothing is looked up any more
+    token = toy.id_of("dem")
+    cards = [book.card(i) for i in (token, PLANTED[0])]
+    monkeypatch.undo()
+    assert cards == [card_of(folder, i) for i in (token, PLANTED[0])]
+    assert book.ids("dembam") == [token, PLANTED[0]] and book.texts([token]) == ["dem"]
+    assert len(book) == len(toy.rows_with(PLANTED).unembedding) and book.nbytes > 0
+    with pytest.raises(InputError, match="ids"):
+        book.card(10**6)

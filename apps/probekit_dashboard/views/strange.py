@@ -130,16 +130,19 @@ def _card(model: Any, spec: str, token: int) -> None:
     st.text(strange.verdict(card))
     spelling, numbers, near = strange.spelling(card), strange.numbers(card), strange.neighbours(card)
     one, two, three = st.columns([4, 5, 4], gap="small")
-    one.dataframe(spelling, hide_index=True, key="strange-spelling")
+    one.dataframe(spelling, hide_index=True, key="strange-spelling",
+                  column_config={"what": st.column_config.TextColumn(width=95)})  # fmt: skip
     if len(numbers):
         two.dataframe(numbers, hide_index=True, key="strange-numbers", column_config={
-            "number": st.column_config.TextColumn(width=150),
+            "number": st.column_config.TextColumn(width=130),
             "value": st.column_config.NumberColumn(format="%.4g", width=60),
             "percentile": st.column_config.NumberColumn(format="%.1f", width=70, help="Per cent of the ordinary tokens with at most this value."),
         })  # fmt: skip
     if len(near):
         ids = near["id"].tolist()
-        three.dataframe(near, hide_index=True, key=f"strange-near-{token}", selection_mode="single-row",
+        narrow = {"neighbour": st.column_config.TextColumn(width=85), "id": st.column_config.NumberColumn(width=50),
+                  "cosine": st.column_config.NumberColumn(width=50, format="%.2f")}  # fmt: skip
+        three.dataframe(near, hide_index=True, key=f"strange-near-{token}", selection_mode="single-row", column_config=narrow,
                         on_select=lambda: _from_rows(f"strange-near-{token}", ids))  # fmt: skip
     left, right = st.columns([5, 1])
     about = f"Numbers are distances from {card.reference}, and norms. " if card.reference else ""
@@ -218,7 +221,7 @@ def _scatter(result: pk.Result, code: str) -> None:
                     selection_mode="points", alt=figure.alt)  # fmt: skip
     left, right = st.columns([5, 1])
     left.text(
-        f"{figure.caption} Indicators are distances from the mean row of never-trained tokens; cosine is 1 minus it. Click a "
+        f"{figure.caption} Indicators are distances from the mean row of never-trained tokens (“cosine” is 1 − cosine). Click a "
         "point to open its card."
     )
     with right:
