@@ -21,6 +21,7 @@ _SETTINGS = {
     "theme.light.primaryColor": "#2a4b7e",
     "theme.dark.primaryColor": "#6ca5d3",
     "theme.dark.backgroundColor": "#0e1117",  # that of dark figures
+    "theme.dark.secondaryBackgroundColor": "#1a2029",
     "server.fileWatcherType": "none",  # classes that are loaded twice would not know one another
 }
 

@@ -13,7 +13,7 @@ LIGHT = {
     "--accent": "#2a4b7e", "--bars": "#3d77b3",
 }  # fmt: skip
 DARK = {
-    "--ink": "#e6e9ee", "--muted": "#a3adb9", "--rule": "#3a424d", "--paper": "#161b22",
+    "--ink": "#e6e9ee", "--muted": "#a3adb9", "--rule": "#3a424d", "--paper": "#0e1117",
     "--accent": "#3d77b3", "--bars": "#6ca5d3",
 }  # fmt: skip
 
