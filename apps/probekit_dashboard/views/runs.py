@@ -196,7 +196,7 @@ def _first_text(run: stored.Run, found: Opened) -> None:
         else:
             if again is not None:
                 select(model=text.model, text=again, prepared="", token=0, layer=-1, head=0)
-                st.session_state["go"] = "overview"
+                st.session_state["go"] = "lens"
                 st.rerun()
             st.session_state[place] = (
                 "The stored tokens do not give the text back: read as a text, they become other tokens (as in a chat "
