@@ -19,7 +19,7 @@ def main() -> None:
     page = st.navigation(sections, expanded=len(views.OWN) + 3)
     wanted = st.session_state.pop("go", None)
     if wanted is not None:
-        st.switch_page(next(p for p in sections["Explore"] if p.url_path == wanted))
+        st.switch_page(sections["Explore"][views.place_of(wanted)])
     with st.sidebar:
         frame.model_picker()
         frame.text_picker()

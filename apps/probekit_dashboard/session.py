@@ -144,7 +144,7 @@ def computed(place: str, label: str, key: str, do: Callable[[Any], Any], *, wait
         works().drop(place)
         return found
     work = works().get(place)
-    if work is None or getattr(work, "key", None) != key:
+    if work is None or work.key != key:
         work = start(place, label, key, do)
         work.wait(0.15)
     if wait:
@@ -161,9 +161,7 @@ def start(place: str, label: str, key: str, do: Callable[[Any], Any]) -> Work:
         store.put(key, found)
         return found
 
-    work = works().start(place, lambda: Work(label, run))
-    work.key = key  # type: ignore[attr-defined]
-    return work
+    return works().start(place, lambda: Work(label, run, key))
 
 
 def awaited(place: str, key: str) -> Any:
@@ -173,7 +171,7 @@ def awaited(place: str, key: str) -> Any:
         works().drop(place)
         return found
     work = works().get(place)
-    return None if work is None or getattr(work, "key", None) != key else _watched(place, work)
+    return None if work is None or work.key != key else _watched(place, work)
 
 
 def _wait(place: str, work: Work) -> None:

@@ -21,10 +21,11 @@ class Work:
         label: what it is, for the reader.
         do: gets a function to report every `pk.Step` to, and returns the outcome. The function raises `pk.Cancelled`
             once the reader has cancelled.
+        key: under which its outcome is kept.
     """
 
-    def __init__(self, label: str, do: Callable[[Callable[[pk.Step], None]], Any]) -> None:
-        self.label = label
+    def __init__(self, label: str, do: Callable[[Callable[[pk.Step], None]], Any], key: str = "") -> None:
+        self.label, self.key = label, key
         self.step = pk.Step("waiting for the model", 0, 0, "")
         self.outcome: Any = None
         self.error: str = ""

@@ -25,6 +25,11 @@ def navigation() -> dict[str, list[Any]]:
     return {"Explore": own, "Every analysis": every}
 
 
+def place_of(path: str) -> int:
+    """Place of a page among those made for one question, by its path; the first stands at the root."""
+    return [m.PATH for m in OWN].index(path)
+
+
 def _needing(page: Any) -> Callable[[], None]:
     def body() -> None:
         seen: Seen | None = st.session_state.get("seen")

@@ -164,7 +164,7 @@ def _branch(seen: Seen, place: int, some: list[Option]) -> None:
     live = _live(key)
     n_there = sum(min(per, len(live.found.of(o.token))) for o in chosen)
     work = works().get("forks")
-    running = work is not None and work.running and getattr(work, "key", None) == key
+    running = work is not None and work.running and work.key == key
     left, right = st.columns([4, 1], vertical_alignment="center")
     total = per * len(chosen)
     left.caption(
@@ -177,7 +177,7 @@ def _branch(seen: Seen, place: int, some: list[Option]) -> None:
     if running:
         _watch(seen, chosen, plan, key)
         return
-    if work is not None and getattr(work, "key", None) == key and work.error:
+    if work is not None and work.key == key and work.error:
         st.error(work.error, icon=":material/error:")
     if st.session_state.pop("forks-cancelled", None) == key:
         st.info("Cancelled. What was written until then is below; Write goes on from there.", icon=":material/cancel:")
