@@ -242,8 +242,8 @@ def clusters(rows: np.ndarray, least: int, density: float) -> np.ndarray:
         least: rows within the radius, itself included, that make a row the inside of a cluster.
         density: share of the rows that are inside clusters.
     """
-    from sklearn.cluster import DBSCAN  # type: ignore[import-untyped]  # has no stubs
-    from sklearn.neighbors import NearestNeighbors  # type: ignore[import-untyped]
+    from sklearn.cluster import DBSCAN
+    from sklearn.neighbors import NearestNeighbors
 
     if len(rows) <= least:
         return np.full(len(rows), -1)

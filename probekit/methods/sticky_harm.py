@@ -111,8 +111,8 @@ def clusters(rows: np.ndarray, n: int) -> np.ndarray:
         rows: embeddings.
         n: clusters.
     """
-    from sklearn.cluster import KMeans  # type: ignore[import-untyped]  # has no stubs
-    from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than clusters: all texts are one
@@ -126,7 +126,7 @@ def v_measure(topics: Sequence[str], found: np.ndarray) -> float:
         topics: of each row.
         found: cluster of each row.
     """
-    from sklearn.metrics import v_measure_score  # type: ignore[import-untyped]
+    from sklearn.metrics import v_measure_score
 
     return float(v_measure_score(topics, found))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,12 +17,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("streamlit", reason="the dashboard needs streamlit: pip install 'probekit[app]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]  # fmt: skip
 PATIENCE = 240_000  # ms; a busy machine with two cores
 HOSTILE = "<img src=x onerror=alert(1)> <script>alert(2)</script> \u202eright to left\u202c \U0001f52c\U0001f469‍\U0001f680 [a](javascript:alert(3)) `code` \x00 end"
 
@@ -46,18 +41,6 @@ def address() -> Iterator[str]:
                 time.sleep(0.5)
         yield url
         os.killpg(server.pid, 15)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    with sync_api.sync_playwright() as playwright:
-        found = found or playwright.chromium.executable_path
-        if not Path(found).exists():
-            pytest.skip("no browser found; install chromium, or run `playwright install chromium`")
-        opened = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 class Reader:

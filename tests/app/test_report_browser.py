@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,6 @@ from probekit import plots
 from probekit.analysis import temporary_registrations
 from probekit.reporting import strip_html, write_run
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]  # fmt: skip
 NASTY_START = len(fake_dataset()["token"]) - len(NASTY)
 
 
@@ -48,18 +43,6 @@ class Watch:
         place.scroll_into_view_if_needed()
         self.page.locator(f"[data-drawing='tides--{name}--data'][data-drawn]").wait_for()
         return place
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    with sync_api.sync_playwright() as playwright:
-        found = found or playwright.chromium.executable_path
-        if not Path(found).exists():
-            pytest.skip("no browser found; install chromium, or run `playwright install chromium`")
-        opened = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
