@@ -225,7 +225,27 @@ def dashboard_faults(source: str) -> list[str]:
         unsafe = any(k.arg == "unsafe_allow_html" for k in node.keywords) or ast.unparse(node.func) == "st.html"
         if unsafe and not (node.args and isinstance(node.args[0], ast.Constant)):
             found.append(f"line {node.lineno} makes HTML of text that is not constant")
+        found += [
+            f"line {node.lineno} shows {ast.unparse(e)} as Markdown: take plain({ast.unparse(e)})"
+            for e in _marked(node)
+        ]
     return found
+
+
+BOXES = ("error", "warning", "info", "success", "spinner", "progress")  # they hold messages, which quote what was given
+
+
+def _marked(call: ast.Call) -> list[ast.expr]:
+    """What a message box would interpret as Markdown, and thus fetch pictures for: neither constant, number nor escaped."""
+    if not isinstance(call.func, ast.Attribute) or call.func.attr not in BOXES:
+        return []
+    shown = [k.value for k in call.keywords if k.arg == "text"] if call.func.attr == "progress" else call.args[:1]
+    parts = [v for s in shown for v in (s.values if isinstance(s, ast.JoinedStr) else [s])]
+    holes = [p.value if isinstance(p, ast.FormattedValue) else p for p in parts if not getattr(p, "format_spec", None)]
+    return [
+        h for h in holes
+        if not isinstance(h, ast.Constant) and not (isinstance(h, ast.Call) and ast.unparse(h.func) == "plain")
+    ]  # fmt: skip
 
 
 def test_the_dashboard_is_layout_over_public_names() -> None:
@@ -235,8 +255,9 @@ def test_the_dashboard_is_layout_over_public_names() -> None:
     assert not {p: some for p, some in found.items() if some}
     forged = (
         "import torch\nfrom probekit.engine import Job\nst.html(text)\nst.markdown(f'{t}', unsafe_allow_html=True)\n"
+        "st.error(str(error))\nst.warning(f'{n:,} of {name}')\nbar.progress(0.5, text=line)\nst.info(f'{n:,} {plain(name)}')"
     )
-    assert len(dashboard_faults(forged)) == 4
+    assert len(dashboard_faults(forged)) == 7
     assert not dashboard_faults(
         "import probekit as pk\nfrom probekit import plots\nst.markdown('<hr>', unsafe_allow_html=True)"
     )

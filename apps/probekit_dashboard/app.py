@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from probekit_dashboard import frame, views
+from probekit_dashboard.look import plain
 from probekit_dashboard.session import selection, write_url
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     )  # a constant: no text of a user or model
     selection()
     sections = views.navigation()
-    page = st.navigation(sections, expanded=len(views.OWN) + 3)
+    page = st.navigation(sections, expanded=len(views.OWN))
     wanted = st.session_state.pop("go", None)
     if wanted is not None:
         st.switch_page(sections["Explore"][views.place_of(wanted)])
@@ -26,7 +27,7 @@ def main() -> None:
     write_url()
     notice = st.session_state.pop("notice", "")
     if notice:
-        st.warning(notice, icon=":material/link_off:")
+        st.warning(plain(notice), icon=":material/link_off:")
     seen = frame.look()
     if seen is not None:
         frame.show_spine(seen)

@@ -12,6 +12,8 @@ import streamlit as st
 import probekit as pk
 from probekit import plots
 
+from .look import plain
+
 
 def python_for(names: Any, selection: Any, params: dict[str, Any] | None = None, *, then: str = "") -> str:
     """The lines that reproduce a result in a notebook.
@@ -67,7 +69,8 @@ def export(
             )
         if result is not None:
             variable = st.selectbox("Variable", list(map(str, result.dataset.data_vars)), key=f"{key}-v")
-            st.caption(f"{result[variable].attrs.get('long_name', '')} ({result[variable].attrs.get('units', '')})")
+            attrs = result[variable].attrs
+            st.caption(plain(f"{attrs.get('long_name', '')} ({attrs.get('units', '')})"))
             st.download_button(
                 "Data (CSV)", lambda: table_of(result, variable), f"{result.name}-{variable}.csv", key=f"{key}-d"
             )

@@ -12,6 +12,7 @@ import probekit as pk
 from probekit import plots
 
 from .components import spine
+from .look import plain
 from .prepared import PREPARED
 from .selection import Selection
 from .session import CORE, awaited, computed, kept, key_of, opened, select, selection, start
@@ -119,6 +120,11 @@ def text_picker() -> None:
         st.rerun()
     if now.prepared:
         st.caption(PREPARED[now.prepared].shows)
+        if st.button("Show it", key="prepared-show", icon=":material/arrow_forward:", help="Open the page where it is seen best, "
+                     "at the token that shows it", width="stretch"):  # fmt: skip
+            select(token=PREPARED[now.prepared].token)
+            st.session_state["go"] = PREPARED[now.prepared].page
+            st.rerun()
     with st.expander("Your own text", expanded=chosen == "", icon=":material/edit:"):
         _own_text(now)
     with st.expander("Let the model write on", icon=":material/play_arrow:"):
@@ -132,13 +138,15 @@ def _own_text(now: Selection) -> None:
         try:
             text = file.getvalue().decode("utf-8")
         except UnicodeDecodeError:
-            st.error(f"{file.name} is no text: it is not encoded as UTF-8. Save it as plain text, and try again.")
+            st.error(
+                f"{plain(file.name)} is no text: it is not encoded as UTF-8. Save it as plain text, and try again."
+            )
             return
-    st.caption(_cost(now.model, text))
+    st.caption(plain(_cost(now.model, text)))
     if st.button("Look at it", type="primary", key="own-run", width="stretch"):
         problem = _problem(text)
         if problem:
-            st.error(problem)
+            st.error(plain(problem))
             return
         select(text=text, prepared="", token=0)
         st.rerun()
@@ -202,18 +210,18 @@ def look() -> Seen | None:
     now = selection()
     problem = _problem(now.text)
     if problem:
-        st.warning(problem)
+        st.warning(plain(problem))
         return None
     try:
-        with st.spinner(f"Opening {now.model}", show_time=True):
+        with st.spinner(f"Opening {plain(now.model)}", show_time=True):
             model = opened(now.model)
     except pk.ProbekitError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         st.caption("Choose another model in the sidebar.")
         return None
     if model.info.kind != "decoder":
         st.info(
-            f"{now.model} is a text-embedding model: it predicts no tokens, so that lens, sinks and forks do not apply. "
+            f"{plain(now.model)} is a text-embedding model: it predicts no tokens, so that lens, sinks and forks do not apply. "
             "Its sticky tokens are on the page Strange tokens; choose a language model for the rest.",
             icon=":material/info:",
         )
@@ -267,4 +275,9 @@ def show_spine(seen: Seen) -> None:
     st.caption(
         f"Selected: token {now.token} of {len(seen.tokens)}, `{shown.replace('`', 'ˋ')}` · block {now.layer} of "
         f"{seen.model.info.n_layers} · head {now.head} of {seen.model.info.n_heads}"
+        + (
+            ""
+            if now.link_holds_text
+            else " · too long a text for a link: it reopens only as long as this dashboard holds it"
+        )
     )

@@ -43,3 +43,8 @@ def ramps() -> dict[str, Any]:
 def fitting(figure: plots.Figure) -> plots.Figure:
     """The figure in the colours of the page."""
     return plots.on_dark(figure) if is_dark() else figure
+
+
+def plain(text: str) -> str:
+    """Any text as Markdown that shows it as it is."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|<>~$:" else c for c in text)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from .prepared import PREPARED
@@ -37,12 +38,17 @@ class Selection:
     by: str = ""
 
     def to_query(self) -> dict[str, str]:
-        """The view as parameters of a URL; a text that is too long for one is left out."""
+        """The view as parameters of a URL; of a text that is too long for one, its digest."""
         found = {k: str(v) for k, v in asdict(self).items() if k not in ("text", "prepared") and v != ""}
         if self.prepared:
             return found | {"text": self.prepared}
         packed = base64.urlsafe_b64encode(zlib.compress(self.text.encode("utf-8", "surrogatepass"), 9)).decode()
-        return found | ({"own": packed} if len(packed) <= LONGEST_LINK else {})
+        return found | ({"own": packed} if len(packed) <= LONGEST_LINK else {"long": digest(self.text)})
+
+    @property
+    def link_holds_text(self) -> bool:
+        """Whether the text itself is in the link."""
+        return "long" not in self.to_query()
 
     def within(self, n_tokens: int, n_layers: int, n_heads: int) -> Selection:
         """The selection moved to what there is."""
@@ -55,8 +61,21 @@ class Selection:
         )
 
 
-def from_query(query: Mapping[str, str], default_model: str) -> tuple[Selection, str]:
-    """The view that a URL asks for, and what could not be read of it ("" if all could)."""
+def digest(text: str) -> str:
+    """What stands in a link for a text that is too long for it."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def from_query(
+    query: Mapping[str, str], default_model: str, held: Callable[[str], str | None] = lambda _: None
+) -> tuple[Selection, str]:
+    """The view that a URL asks for, and what could not be read of it ("" if all could).
+
+    Args:
+        query: parameters of the URL.
+        default_model: where it names none.
+        held: gives a long text by its digest, or None where it is no longer known.
+    """
     wrong = []
     prepared = query.get("text", "")
     if prepared and prepared not in PREPARED:
@@ -68,6 +87,10 @@ def from_query(query: Mapping[str, str], default_model: str) -> tuple[Selection,
             text = _unpacked(query["own"])
         except ValueError:
             wrong.append("its text is damaged")
+    elif not prepared and query.get("long"):
+        text = held(query["long"]) or ""
+        if not text:
+            wrong.append("its text is too long for a link, and this dashboard no longer holds it; paste it again")
     if not text:
         prepared = prepared or next(iter(PREPARED))
         text = PREPARED[prepared].text

@@ -18,6 +18,7 @@ import streamlit as st
 
 import probekit as pk
 
+from .look import plain
 from .selection import Selection, from_query
 from .work import Work, Works
 
@@ -82,6 +83,8 @@ def _bytes(value: Any) -> int:
         return sum(_bytes(r) for r in value.values())
     if isinstance(value, pk.ActivationCache):
         return sum(int(a.nbytes) for a in value.values())
+    if isinstance(value, str):
+        return 4 * len(value)
     return int(getattr(value, "nbytes", 0))
 
 
@@ -106,7 +109,7 @@ def selection() -> Selection:
     """What this session looks at; read off the URL at first."""
     if "selection" not in st.session_state:
         default = next(m["name"] for m in pk.list_models() if m["default"])
-        found, wrong = from_query(st.query_params.to_dict(), default)
+        found, wrong = from_query(st.query_params.to_dict(), default, lambda held: kept().get(f"text {held}"))
         st.session_state["selection"] = found
         if wrong:
             st.session_state["notice"] = wrong
@@ -121,6 +124,8 @@ def select(**changes: Any) -> None:
 def write_url() -> None:
     """Bring the URL in line with the selection."""
     wanted = selection().to_query()
+    if "long" in wanted and kept().get(f"text {wanted['long']}") is None:
+        kept().put(f"text {wanted['long']}", selection().text)
     if st.query_params.to_dict() != wanted:
         st.query_params.from_dict(wanted)
 
@@ -184,7 +189,7 @@ def _wait(place: str, work: Work) -> None:
             if right.button("Cancel", key=f"{place}-cancel", width="stretch"):
                 work.cancel()
             while work.running:
-                bar.progress(work.share or 0.0, text=work.line)
+                bar.progress(work.share or 0.0, text=plain(work.line))
                 work.wait(0.1)
     room.empty()
 
@@ -192,7 +197,7 @@ def _wait(place: str, work: Work) -> None:
 def _watched(place: str, work: Work) -> Any:
     if not work.running:
         if work.error:
-            st.error(work.error, icon=":material/error:")
+            st.error(plain(work.error), icon=":material/error:")
         elif work.cancelled:
             st.info("Cancelled.", icon=":material/cancel:")
         else:
@@ -213,6 +218,6 @@ def _bar(place: str) -> None:
         return
     left, right = st.columns([6, 1], vertical_alignment="center")
     share = work.share
-    left.progress(0.0 if share is None else share, text=work.line)
+    left.progress(0.0 if share is None else share, text=plain(work.line))
     if right.button("Cancel", key=f"{place}-cancel", width="stretch"):
         work.cancel()

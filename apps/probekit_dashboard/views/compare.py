@@ -16,6 +16,7 @@ from probekit_dashboard import compared
 from probekit_dashboard.components import spine
 from probekit_dashboard.export import export
 from probekit_dashboard.frame import LONGEST, Seen, core_params, quantities
+from probekit_dashboard.look import plain
 from probekit_dashboard.prepared import PREPARED
 from probekit_dashboard.session import CORE, computed, key_of, opened, select
 
@@ -56,7 +57,7 @@ def _texts(seen: Seen) -> None:
     sinks = _sinks(seen, other)
     if sinks is not None:
         st.text(compared.sink_words(*sinks))
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     left.caption(
         "Means over tokens. Intervals come from the spread between stretches of 32 tokens, which are not quite "
         "independent; where both texts begin alike, the interval of the difference is too wide."
@@ -174,8 +175,11 @@ def _two_tokens(one: Seen, other: Seen, both: tuple[tuple[plots.Quantity, ...], 
     st.subheader("The selected token of each", anchor="tokens")
     st.text(f"First: token {places[0]}, {names[0]!r}. Second: token {places[1]}, {names[1]!r}.")
     table = compared.token_table(*both, places)
-    left, middle, right = st.columns([5, 4, 4], gap="medium")
-    left.dataframe(table, hide_index=True, key="compare-token")
+    left, middle, right = st.columns([6, 4, 4], gap="small")
+    left.dataframe(table, hide_index=True, key="compare-token", column_config={
+        "first": st.column_config.NumberColumn(format="%.4g", width=60),
+        "second": st.column_config.NumberColumn(format="%.4g", width=60),
+    })  # fmt: skip
     for column, seen, place, word in zip((middle, right), (one, other), places, ("First", "Second"), strict=True):
         column.dataframe(
             compared.next_tops(seen, place).rename(columns={"token": f"{word}, next"}), hide_index=True,
@@ -247,7 +251,7 @@ def _models(seen: Seen) -> None:
         model = other.open()
         same = model.info.kind == "decoder" and pk.share_tokenizer(seen.model, model)
     except pk.ProbekitError as error:
-        st.error(_plain(str(error)), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return
     if model.info.kind != "decoder":
         st.warning(
@@ -257,10 +261,6 @@ def _models(seen: Seen) -> None:
         _shift(seen, other, model, key)
     else:
         _apart(seen, other, model)
-
-
-def _plain(text: str) -> str:
-    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|<>~$:" else c for c in text)
 
 
 def _cost(seen: Seen, other: _Other) -> str:
@@ -304,7 +304,7 @@ def _shift_strip(seen: Seen, other: _Other, shift: pk.Shift) -> None:
         selected=seen.selection.token, picked=names.index(now) if now in names else 0, lines=some[:1],
         on_token=lambda i: select(token=int(i)), on_by=keep,
     )  # fmt: skip
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     left.text(
         f"At each token: the distributions that it was drawn from. Changes are {other.shown} minus {seen.selection.model}; "
         "nothing predicts the first token."
@@ -346,7 +346,7 @@ def _shift_table(seen: Seen, other: _Other, shift: pk.Shift) -> None:
             "after": st.column_config.TextColumn(width=110),
         },
     )  # fmt: skip
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     left.text(
         "A row selects its token. Place by place, with the likeliest tokens of both models and their probabilities."
     )

@@ -13,6 +13,7 @@ import probekit as pk
 from probekit import plots
 from probekit_dashboard.export import export
 from probekit_dashboard.frame import Seen
+from probekit_dashboard.look import plain
 from probekit_dashboard.quick import form
 from probekit_dashboard.session import awaited, key_of, opened, select, selection, start
 from probekit_dashboard.views.phenomenon import show
@@ -52,7 +53,7 @@ def body(seen: Seen | None) -> None:
     if go:
         problem = _problem(question, answer)
         if problem:
-            st.error(problem, icon=":material/error:")
+            st.error(plain(problem), icon=":material/error:")
             return
 
         def do(tell: Any) -> Any:
@@ -95,7 +96,7 @@ def _shown(result: pk.Result, record: dict[str, str], chat: bool, params: dict[s
         st.caption(
             "Prefixes are measured from the end backward, until one from which the model still comes to the right result."
         )
-        left, right = st.columns([4, 1])
+        left, right = st.columns([4, 1.3])
         left.dataframe(
             table, hide_index=True, width="stretch", height=300,
             column_config={"right continuations": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1)},

@@ -13,6 +13,7 @@ from probekit import plots, sampling
 from probekit_dashboard.components import Grid, grid
 from probekit_dashboard.export import export, python_for
 from probekit_dashboard.frame import Seen, before
+from probekit_dashboard.look import plain
 from probekit_dashboard.quick import form
 from probekit_dashboard.rollouts import (
     Found,
@@ -84,7 +85,7 @@ def _map(seen: Seen) -> None:
         drawn, key="forks-map", selected=(chosen, columns.column_of(seen.selection.token)),
         on_cell=lambda _, column: select(token=int(places[column])),
     )  # fmt: skip
-    left, right = st.columns([4, 1])
+    left, right = st.columns([4, 1.3])
     uncertain = np.argsort(-np.nan_to_num(before(data["entropy_nats"].values)), kind="stable")[:6]
     left.caption(
         "The likeliest tokens of the distribution that each token was drawn from, likeliest on top. Click one to select "
@@ -136,7 +137,7 @@ def _alternatives(seen: Seen, place: int, some: list[Option]) -> None:
             "": ["stands in the text" if o.own else "" for o in some],
         }
     )
-    left, right = st.columns([4, 1])
+    left, right = st.columns([4, 1.3])
     left.dataframe(
         table, hide_index=True, width="stretch", height=38 + 35 * min(len(some), 7),
         column_config={"probability": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1)},
@@ -165,7 +166,7 @@ def _branch(seen: Seen, place: int, some: list[Option]) -> None:
     n_there = sum(min(per, len(live.found.of(o.token))) for o in chosen)
     work = works().get("forks")
     running = work is not None and work.running and work.key == key
-    left, right = st.columns([4, 1], vertical_alignment="center")
+    left, right = st.columns([4, 1.3], vertical_alignment="center")
     total = per * len(chosen)
     left.caption(
         f"{total} continuations of up to {how.max_tokens} tokens; {n_there} of them are there. They come a few at a time, "
@@ -178,7 +179,7 @@ def _branch(seen: Seen, place: int, some: list[Option]) -> None:
         _watch(seen, chosen, plan, key)
         return
     if work is not None and work.key == key and work.error:
-        st.error(work.error, icon=":material/error:")
+        st.error(plain(work.error), icon=":material/error:")
     if st.session_state.pop("forks-cancelled", None) == key:
         st.info("Cancelled. What was written until then is below; Write goes on from there.", icon=":material/cancel:")
     if live.found.rows:
@@ -216,7 +217,7 @@ def _settings(seen: Seen, place: int) -> tuple[int, pk.Sampling, Any] | None:
     try:
         return int(per), pk.Sampling(int(longest), float(temperature), float(top_p), int(seed)), outcome_of(read, said)
     except pk.ProbekitError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return None
 
 
@@ -267,7 +268,7 @@ def _watch(seen: Seen, chosen: list[Option], plan: Plan, key: str) -> None:
     if work is None or not work.running:
         st.rerun()
     left, right = st.columns([6, 1], vertical_alignment="center")
-    left.progress(work.share or 0.0, text=work.line)
+    left.progress(work.share or 0.0, text=plain(work.line))
     if right.button("Cancel", key="forks-cancel", width="stretch"):
         works().drop("forks")
         st.session_state["forks-cancelled"] = key
@@ -295,7 +296,7 @@ def _written(seen: Seen, chosen: list[Option], plan: Plan, found: Found, *, live
     )  # fmt: skip
     code = code_for(seen.selection, plan)
     if not live:
-        left, right = st.columns([4, 1], vertical_alignment="bottom")
+        left, right = st.columns([4, 1.3], vertical_alignment="bottom")
         outcome = left.selectbox(
             "Outcome", outcomes, format_func=lambda o: plots.visible(o, keep_whitespace=True), key="forks-outcome"
         )

@@ -21,6 +21,7 @@ from probekit_dashboard.interventions import (
     next_tokens,
     run,
 )
+from probekit_dashboard.look import plain
 from probekit_dashboard.session import awaited, key_of, opened, start
 from probekit_dashboard.views.phenomenon import draw
 from probekit_dashboard.window import around
@@ -71,7 +72,7 @@ def _form(seen: Seen) -> None:
     if st.button("Add", type="primary", key="intervene-add", icon=":material/add:"):
         problem = made.problem(info, len(seen.tokens))
         if problem:
-            st.error(problem, icon=":material/error:")
+            st.error(plain(problem), icon=":material/error:")
         elif made in _held():
             st.info("This change is in the list already.", icon=":material/info:")
         else:
@@ -146,7 +147,7 @@ def _list(seen: Seen) -> list[Intervention]:
         problem = one.problem(seen.model.info, len(seen.tokens))
         left.text(f"{i + 1}. {one.words(seen.tokens)}")
         if problem:
-            left.warning(f"Left out in this text and model. {problem}", icon=":material/warning:")
+            left.warning(f"Left out in this text and model. {plain(problem)}", icon=":material/warning:")
         else:
             some.append(one)
         right.button("Remove", key=f"intervene-remove-{i}", on_click=_remove, args=(one,), width="stretch")
@@ -160,7 +161,7 @@ def _remove(one: Intervention) -> None:
 
 def _run(seen: Seen, some: list[Intervention]) -> None:
     now, n = seen.selection, len(seen.tokens)
-    left, right = st.columns([4, 1], vertical_alignment="bottom")
+    left, right = st.columns([4, 1.3], vertical_alignment="bottom")
     read = left.segmented_control(
         "Compare the distribution after", ["the last token", "the selected token"], default="the last token", key="intervene-read",
         help="A change acts on its own token and on later ones; earlier ones cannot see it.",
@@ -195,7 +196,7 @@ def _shown(seen: Seen, found: Outcome, code: str) -> None:
     st.text(f"What follows token {effect.position} ({plots.visible(seen.tokens[effect.position])}):")
     table = next_tokens(effect)
     bar = st.column_config.ProgressColumn
-    left, right = st.columns([4, 1])
+    left, right = st.columns([4, 1.3])
     left.dataframe(
         table, hide_index=True, width="stretch",
         column_config={

@@ -13,9 +13,9 @@ from probekit import plots, stats
 from probekit_dashboard.components import Grid, grid
 from probekit_dashboard.export import export, python_for
 from probekit_dashboard.frame import Seen
+from probekit_dashboard.look import plain
 from probekit_dashboard.prepared import PREPARED
 from probekit_dashboard.session import awaited, computed, key_of, opened, select, start
-from probekit_dashboard.views.overview import _safe
 from probekit_dashboard.views.phenomenon import draw
 from probekit_dashboard.window import Columns, around, whole
 
@@ -46,7 +46,7 @@ def _said(findings: list[pk.Finding]) -> None:
     with st.container(border=True, gap="small"):
         for finding in findings:
             st.text(finding.claim)
-            st.caption(_safe(finding.evidence))
+            st.caption(plain(finding.evidence))
 
 
 def _grid(seen: Seen) -> None:
@@ -76,7 +76,7 @@ def _grid(seen: Seen) -> None:
         drawn, key="massive-grid", selected=(now.layer, columns.column_of(now.token)),
         on_cell=lambda row, column: select(layer=row, token=columns.token_at(column, values[row])),
     )  # fmt: skip
-    left, right = st.columns([4, 1])
+    left, right = st.columns([4, 1.3])
     left.caption(
         "Magnitude of the token's largest entry of the residual stream, over the median magnitude of the block, on a "
         "logarithmic scale. Massive: above 100, and above 1,000 × the median (Sun et al. 2024). Click a cell to select "
@@ -116,8 +116,11 @@ def _cell(seen: Seen) -> None:
         f"After block {now.layer}, token {now.token} {plots.visible(seen.tokens[now.token])} ({here['role'].item()}): its "
         f"largest entries. The block's median magnitude is {median:.4g}."
     )
-    left, right = st.columns([4, 1])
-    left.dataframe(table.style.format(precision=4), hide_index=True, width="stretch")
+    left, right = st.columns([4, 1.3])
+    left.dataframe(table, hide_index=True, width="stretch", column_config={
+        "value (activation)": st.column_config.NumberColumn(format="%.2f"),
+        "magnitude / median": st.column_config.NumberColumn(format="%.1f"),
+    })  # fmt: skip
     with right:
         then = f'result["value"].isel(layer={now.layer}, token={now.token}), result["dim"].isel(layer={now.layer}, token={now.token})'
         export("massive-cell", code=python_for("massive-activations", now, then=then), table=table)
@@ -225,7 +228,7 @@ def _cost(seen: Seen, result: pk.Result, texts: list[str], params: dict[str, Any
     )  # fmt: skip
     table = losses_by_case(result)
     st.text("In the text above (-ln p of each next token, mean over its tokens):")
-    left, right = st.columns([4, 1])
+    left, right = st.columns([4, 1.3])
     left.dataframe(table.style.format(precision=4), hide_index=True, width="stretch")
     with right:
         export("massive-losses", code=code, result=result, table=table)

@@ -9,6 +9,7 @@ import streamlit as st
 import probekit as pk
 from probekit_dashboard.export import export, python_for
 from probekit_dashboard.frame import Seen
+from probekit_dashboard.look import plain
 from probekit_dashboard.session import CORE, select
 
 TITLE, ICON, PATH = "Overview", ":material/summarize:", "overview"
@@ -20,23 +21,37 @@ _PAGE = {
 def body(seen: Seen) -> None:
     """Findings by analysis."""
     for name, result in seen.results.items():
-        st.subheader(result.analysis.title, anchor=name, help=result.analysis.summary())
-        for i, finding in enumerate(result.findings):
-            _finding(seen, finding, f"{name}-{i}")
+        with st.container(border=True, gap="small"):
+            _findings(seen, name, result)
     first = next(iter(seen.results.values()))
     export("overview", code=python_for(CORE, seen.selection, then="result.findings"), result=first)
 
 
-def _finding(seen: Seen, finding: pk.Finding, key: str) -> None:
-    with st.container(border=True):
-        left, right = st.columns([9, 1], vertical_alignment="center")
-        left.text(finding.claim)
-        left.caption(_safe(finding.evidence))
+def _findings(seen: Seen, name: str, result: pk.Result) -> None:
+    left, right = st.columns([5, 1.3], vertical_alignment="center")
+    left.subheader(result.analysis.title, anchor=name, help=result.analysis.summary())
+    if right.button("Open", key=f"open-{name}", help="Open the page of these findings", width="stretch"):
+        _go(name, {})
+    for i, finding in enumerate(result.findings):
+        left, right = st.columns([16, 1], vertical_alignment="center")
+        with left.container(gap=None):
+            st.text(finding.claim)
+            st.caption(plain(finding.evidence))
         place = _place(seen, finding.where)
-        if right.button("Show", key=f"show-{key}", help="Select this place and open its page", width="stretch"):
-            select(**place)
-            st.session_state["go"] = _PAGE[finding.analysis]
-            st.rerun()
+        help_ = f"Open its page{' at ' if place else ''}{_words(place)}"
+        if right.button("Show", key=f"show-{name}-{i}", type="tertiary", help=help_, width="stretch"):
+            _go(name, place)
+
+
+def _words(place: dict[str, Any]) -> str:
+    """A place that can be selected, in words."""
+    return ", ".join(f"{'block' if k == 'layer' else k} {v}" for k, v in place.items())
+
+
+def _go(name: str, place: dict[str, Any]) -> None:
+    select(**place)
+    st.session_state["go"] = _PAGE[name]
+    st.rerun()
 
 
 def _place(seen: Seen, where: dict[str, Any]) -> dict[str, Any]:
@@ -48,8 +63,3 @@ def _place(seen: Seen, where: dict[str, Any]) -> dict[str, Any]:
         if isinstance(where.get(name), int):
             found[name] = where[name]
     return found
-
-
-def _safe(text: str) -> str:
-    """Plain text as Markdown that shows it as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|<>~$:" else c for c in text)

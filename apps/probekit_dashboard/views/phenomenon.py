@@ -12,6 +12,7 @@ from probekit_dashboard import look
 from probekit_dashboard.components import spine
 from probekit_dashboard.export import export, python_for
 from probekit_dashboard.frame import Seen
+from probekit_dashboard.look import plain
 from probekit_dashboard.session import awaited, key_of, opened, select, selection, start
 
 
@@ -27,7 +28,7 @@ def body(name: str, seen: Seen | None) -> None:
                 st.text(analysis.section(heading))
     if analysis.roles:
         st.info(
-            f"This analysis compares models ({', '.join(analysis.roles)}). Name the others below.",
+            f"This analysis compares models ({plain(', '.join(analysis.roles))}). Name the others below.",
             icon=":material/compare:",
         )
     with st.form(f"form-{name}", border=True):
@@ -46,7 +47,7 @@ def body(name: str, seen: Seen | None) -> None:
     result = awaited(f"page-{name}", st.session_state.get(f"ran-{name}", ""))
     if result is None:
         if not go and st.session_state.get(f"ran-{name}") is None:
-            st.caption(_cost(name, now.model, given, params) or "Press Run.")
+            st.caption(plain(_cost(name, now.model, given, params)) or "Press Run.")
         return
     code = python_for(name, now, params)
     show(result, f"page-{name}", code)
@@ -70,7 +71,10 @@ def _cost(name: str, spec: str, texts: Any, params: dict[str, Any]) -> str:
         return ""
     work = sum(p.gflop for p in plans) * max(p.passes for p in plans)
     memory = max(p.peak_bytes for p in plans) / 2**20
-    return f"About {plans[0].passes:,} passes, {work:,.0f} GFLOP, {memory:,.0f} MiB above the model."
+    passes = plans[0].passes
+    return (
+        f"About {passes:,} {'pass' if passes == 1 else 'passes'}, {work:,.0f} GFLOP, {memory:,.0f} MiB above the model."
+    )
 
 
 def _form(analysis: Any) -> tuple[dict[str, Any], list[str], dict[str, str]]:
@@ -130,7 +134,7 @@ def draw(drawing: plots.Drawing, key: str, code: str, result: pk.Result | None =
         st.plotly_chart(plot, theme=None, config=plots.PLOT_CONFIG, key=key, alt=drawing.alt)
     else:
         spine(drawing, key=key, selected=0, on_token=lambda i: select(token=int(i)), height=420)
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     left.text(drawing.caption)
     with right:
         export(key, code=code, result=result, figure=drawing if isinstance(drawing, plots.Figure) else None)

@@ -14,6 +14,7 @@ from probekit import plots
 from probekit_dashboard import stored
 from probekit_dashboard.components import spine
 from probekit_dashboard.export import export
+from probekit_dashboard.look import plain
 from probekit_dashboard.session import computed, key_of, opened, select
 from probekit_dashboard.views.phenomenon import draw
 
@@ -69,7 +70,7 @@ def read(folder: Path) -> Opened:
 def body(seen: Any) -> None:
     """The folder, its runs, one of them, and two of them side by side."""
     allowed = stored.roots()
-    left, right = st.columns([5, 1], vertical_alignment="bottom")
+    left, right = st.columns([4, 1.3], vertical_alignment="bottom")
     given = left.text_input(
         "Folder", "reports", key="runs-folder",
         help="Relative to the folder that the dashboard was started in. Runs below it are listed; links are not followed.",
@@ -78,7 +79,7 @@ def body(seen: Any) -> None:
     try:
         root = stored.folder_of(given, allowed)
     except pk.ProbekitError as error:
-        st.info(_plain(str(error)), icon=":material/folder_off:")
+        st.info(plain(str(error)), icon=":material/folder_off:")
         _teach()
         return
     runs, left_out = stored.runs_below(root)
@@ -93,11 +94,6 @@ def body(seen: Any) -> None:
         _differences(*chosen)
     for run in chosen[:1] if len(chosen) != 2 else []:
         _run(run)
-
-
-def _plain(text: str) -> str:
-    """Text for a box that reads Markdown, which shows it as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|<>~$:" else c for c in text)
 
 
 def _teach() -> None:
@@ -129,14 +125,14 @@ def _run(run: stored.Run) -> None:
     st.subheader("The run", anchor="run")
     st.text(f"{plots.visible(run.name, keep_whitespace=True)} · {run.model or 'model unknown'}")
     if run.problem:
-        st.warning(_plain(run.problem), icon=":material/warning:")
+        st.warning(plain(run.problem), icon=":material/warning:")
     found = computed("runs-open", "Reading the run", key_of("run", run.key), lambda tell: read(run.folder))
     if found is None:
         _provenance(run, None)
         return
     _first_text(run, found)
     for problem in found.problems.values():
-        st.warning(_plain(problem), icon=":material/warning:")
+        st.warning(plain(problem), icon=":material/warning:")
     names = list(found.results)
     name = st.segmented_control("Analysis", names, default=names[0], key=f"runs-which-{run.name}", required=True)
     _result(run, found, str(name))
@@ -171,7 +167,7 @@ def _strip(strip: plots.TokenStrip, key: str, code: str, result: pk.Result) -> N
         quantities=tuple(replace(q, values=q.values[some]) for q in strip.quantities),
     )  # fmt: skip
     spine(cut, key=key, selected=0, height=420)
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     more = f" The first {MOST_TOKENS:,} of {n:,} tokens are shown; the data hold all." if n > MOST_TOKENS else ""
     left.text(strip.caption + more)
     with right:
@@ -203,7 +199,7 @@ def _first_text(run: stored.Run, found: Opened) -> None:
                 "template, or where a token is a piece of a character)."
             )
     if place in st.session_state:
-        st.warning(_plain(st.session_state[place]), icon=":material/warning:")
+        st.warning(plain(st.session_state[place]), icon=":material/warning:")
 
 
 def _provenance(run: stored.Run, result: pk.Result | None) -> None:
@@ -233,7 +229,7 @@ def _differences(one: stored.Run, other: stored.Run) -> None:
         st.text("Nothing of what fixes their numbers differs.")
         return
     st.dataframe(table, hide_index=True, key="runs-differences")
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     left.text("From their manifests; how passes were planned is left out. Tick one run alone to open it.")
     with right:
         export("runs-differences-data", code=_difference_code(one, other), table=table)

@@ -79,7 +79,8 @@ def _strongest(seen: Seen, name: str) -> None:
     st.dataframe(
         shown, hide_index=True, key=key, on_select=chosen, selection_mode="single-row", height=430,
         column_config={
-            c: st.column_config.NumberColumn(_SHORT.get(c, c), format="%.3f", help=c, width=64) for c in shown.columns[1:]
+            c: st.column_config.NumberColumn(_SHORT.get(c, c), format="%.2f" if i else "%.3f", help=c, width=58)
+            for i, c in enumerate(shown.columns[1:])
         },
     )  # fmt: skip
     one, two = st.columns([3, 3])
@@ -89,7 +90,7 @@ def _strongest(seen: Seen, name: str) -> None:
 
 
 _SHORT = {
-    "attention that the selected token receives": "received", "attention on position 0": "on pos. 0",
+    "attention that the selected token receives": "received", "attention on position 0": "on 0",
     "mean row entropy": "entropy", "largest entry of a row": "largest",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from probekit import plots
 from probekit_dashboard import look, stored, strange
 from probekit_dashboard.export import export
 from probekit_dashboard.frame import Seen
+from probekit_dashboard.look import plain
 from probekit_dashboard.session import MOST_BYTES, awaited, computed, key_of, opened, selection, start
 from probekit_dashboard.views.phenomenon import draw
 
@@ -38,18 +39,13 @@ def body(seen: Seen | None) -> None:
     try:
         model = opened(spec)
     except pk.ProbekitError as error:
-        st.error(_plain(str(error)), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return
     if part == "The vocabulary":
         _vocabulary(model, spec)
     token = _wanted(seen, model, spec, part == "A token")
     if token is not None:
         _card(model, spec, token)
-
-
-def _plain(text: str) -> str:
-    """Text for a box that reads Markdown, which shows it as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|<>~$:" else c for c in text)
 
 
 # The card
@@ -144,7 +140,7 @@ def _card(model: Any, spec: str, token: int) -> None:
                   "cosine": st.column_config.NumberColumn(width=50, format="%.2f")}  # fmt: skip
         three.dataframe(near, hide_index=True, key=f"strange-near-{token}", selection_mode="single-row", column_config=narrow,
                         on_select=lambda: _from_rows(f"strange-near-{token}", ids))  # fmt: skip
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     about = f"Numbers are distances from {card.reference}, and norms. " if card.reference else ""
     left.text(f"{about}Neighbours have the most similar unembedding rows; a row opens the card of its token.")
     code = f"import probekit as pk\n\npk.token_card({spec!r}, {token})  # verify=True asks the model to write it"
@@ -219,7 +215,7 @@ def _scatter(result: pk.Result, code: str) -> None:
     plot.update_layout(title=None, margin={"t": 30}, clickmode="event+select")
     st.plotly_chart(plot, theme=None, config=plots.PLOT_CONFIG, key="strange-scatter", on_select=chosen,
                     selection_mode="points", alt=figure.alt)  # fmt: skip
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     left.text(
         f"{figure.caption} Indicators are distances from the mean row of never-trained tokens (“cosine” is 1 − cosine). Click a "
         "point to open its card."
@@ -240,7 +236,7 @@ def _candidates(result: pk.Result, code: str) -> None:
         table, hide_index=True, key=key, on_select=lambda: _from_rows(key, ids), selection_mode="single-row", height=320,
         column_config={"probability of repeating it": _SHARE},
     )  # fmt: skip
-    left, right = st.columns([5, 1])
+    left, right = st.columns([4, 1.3])
     left.text(f"{len(table):,} tokens, most suspicious first; a row opens the card of its token, below.")
     with right:
         export("strange-candidates-data", code=code, table=table)
@@ -334,7 +330,7 @@ def _sticky_stored() -> pk.Result | None:
     try:
         folder = stored.folder_of(given, stored.roots())
     except pk.ProbekitError as error:
-        st.warning(_plain(str(error)), icon=":material/folder_off:")
+        st.warning(plain(str(error)), icon=":material/folder_off:")
         return None
     found = computed("strange-stored", "Reading the run", key_of("sticky-stored", str(folder), _stamp(folder)),
                      lambda tell: stored.results_of(folder)[0])  # fmt: skip
