@@ -135,25 +135,21 @@ def texts_of(model: Any, n_texts: int, n_tokens: int) -> list[str]:
 
 
 def waiting(reader: Reader, model: Any, pairs: int) -> Case:
-    """Seconds that a reader waits for a new text, beyond the bare run of the same analyses."""
-    texts = texts_of(model, 2 * pairs + 2, 200)
-    pk.run(CORE, model, texts[-1], progress=False)
-    reader.give(texts[-2])
+    """Seconds that a reader waits for a new text, beyond the bare run of the same analyses on it."""
+    texts = texts_of(model, pairs + 1, 200)
     added, bare = [], []
 
-    def run(text: str) -> None:
+    def run(text: str) -> float:
         begin = time.perf_counter()
         pk.run(CORE, model, text, progress=False)
-        bare.append(time.perf_counter() - begin)
+        return time.perf_counter() - begin
 
-    for i in range(pairs):
-        if i % 2:
-            run(texts[2 * i])
-            whole = reader.give(texts[2 * i + 1])
-        else:
-            whole = reader.give(texts[2 * i + 1])
-            run(texts[2 * i])
-        added.append(whole - bare[-1])
+    run(texts[-1]), reader.give(texts[-1])
+    for i, text in enumerate(texts[:-1]):
+        first, second = (run, reader.give) if i % 2 else (reader.give, run)
+        seconds = {first: first(text), second: second(text)}
+        bare.append(seconds[run])
+        added.append(seconds[reader.give] - seconds[run])
     note = f"bare runs: {min(bare):.1f} to {max(bare):.1f} s"
     return Case("a new text of 200 tokens to all core views, added", "pk.run", 0.5, "s", added, note=note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,11 @@ class Seen:
     selection: Selection
     model: Any
     results: pk.Results
+
+    @cached_property
+    def info(self) -> Any:
+        """Sizes of the model."""
+        return self.model.info
 
     @property
     def uncertainty(self) -> Any:
@@ -142,7 +148,8 @@ def _own_text(now: Selection) -> None:
                 f"{plain(file.name)} is no text: it is not encoded as UTF-8. Save it as plain text, and try again."
             )
             return
-    st.caption(plain(_cost(now.model, text)))
+    if text != now.text:  # what stands above has been read
+        st.caption(plain(_cost(now.model, text)))
     if st.button("Look at it", type="primary", key="own-run", width="stretch"):
         problem = _problem(text)
         if problem:
@@ -274,7 +281,7 @@ def show_spine(seen: Seen) -> None:
     shown = plots.visible(seen.tokens[now.token])
     st.caption(
         f"Selected: token {now.token} of {len(seen.tokens)}, `{shown.replace('`', 'ˋ')}` · block {now.layer} of "
-        f"{seen.model.info.n_layers} · head {now.head} of {seen.model.info.n_heads}"
+        f"{seen.info.n_layers} · head {now.head} of {seen.info.n_heads}"
         + (
             ""
             if now.link_holds_text

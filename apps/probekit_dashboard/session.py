@@ -190,7 +190,7 @@ def _wait(place: str, work: Work) -> None:
                 work.cancel()
             while work.running:
                 bar.progress(work.share or 0.0, text=plain(work.line))
-                work.wait(0.1)
+                work.wait(0.5)  # each step redraws the page, on the cores that the model runs on
     room.empty()
 
 

@@ -61,10 +61,10 @@ def get_analysis(name: str) -> Analysis:
     Raises:
         UnknownName: there is none; close matches are suggested.
     """
-    known = analyses()
-    if name not in known:
-        raise unknown("analysis", name, known, "`probekit list` shows them all.")
-    return known[name]
+    found = _ANALYSES.get(name) or analyses().get(name)
+    if found is None:
+        raise unknown("analysis", name, analyses(), "`probekit list` shows them all.")
+    return found
 
 
 def get_analyses(names: str | Iterable[str]) -> list[Analysis]:

@@ -184,7 +184,14 @@ def seen_of(token: int = 5, strings: tuple[str, ...] | None = None) -> Any:
     now = Selection("scripted", " ".join(w.strip() for w in text.strings), token=token, layer=2, head=1)
     lens, sinks = (results[n].dataset for n in ("logit-lens", "attention-sinks"))
     return SimpleNamespace(
-        selection=now, model=model, results=results, lens=lens, sinks=sinks, tokens=list(batch.strings), about="made"
+        selection=now,
+        model=model,
+        info=model.info,
+        results=results,
+        lens=lens,
+        sinks=sinks,
+        tokens=list(batch.strings),
+        about="made",
     )
 
 

@@ -264,7 +264,7 @@ def _models(seen: Seen) -> None:
 
 
 def _cost(seen: Seen, other: _Other) -> str:
-    n, info = len(seen.tokens), seen.model.info
+    n, info = len(seen.tokens), seen.info
     size = pk.Shift.size(n, info.d_vocab) / 2**20
     return f"One pass of each model over {n:,} tokens; {size:,.0f} MiB while they are compared, and the other model's weights."
 

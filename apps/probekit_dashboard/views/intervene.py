@@ -45,7 +45,7 @@ def _held() -> list[Intervention]:
 
 
 def _form(seen: Seen) -> None:
-    now, info = seen.selection, seen.model.info
+    now, info = seen.selection, seen.info
     actions = [*ACTIONS]
     action: Action = st.radio("What", actions, format_func=ACTIONS.__getitem__, key="intervene-action", horizontal=True)
     one, two, three = st.columns(3)
@@ -144,7 +144,7 @@ def _list(seen: Seen) -> list[Intervention]:
     some = []
     for i, one in enumerate(held):
         left, right = st.columns([8, 1], vertical_alignment="center")
-        problem = one.problem(seen.model.info, len(seen.tokens))
+        problem = one.problem(seen.info, len(seen.tokens))
         left.text(f"{i + 1}. {one.words(seen.tokens)}")
         if problem:
             left.warning(f"Left out in this text and model. {plain(problem)}", icon=":material/warning:")

@@ -232,10 +232,10 @@ def _writes_code(seen: Seen, then: str) -> str:
 def _writes(seen: Seen) -> pk.Writes | None:
     """Of all blocks if they fit beside other results, of the selected one otherwise; long texts wait for the reader."""
     now, n = seen.selection, len(seen.tokens)
-    whole = pk.Writes.size(seen.model.info, n) <= MOST_WRITES
+    whole = pk.Writes.size(seen.info, n) <= MOST_WRITES
     layers = None if whole else [now.layer]
     key = key_of("writes", now.model, now.text, layers)
-    if pk.Writes.size(seen.model.info, n, 1) > MOST_WRITES:
+    if pk.Writes.size(seen.info, n, 1) > MOST_WRITES:
         st.text("The text is too long to keep what this block writes at each token. Take a shorter one.")
         return None
 

@@ -144,7 +144,7 @@ def _map(seen: Seen) -> None:
     key = key_of("map", now.model, now.text, now.layer)
     maps: tables.LayerMaps | None = awaited("map", key)
     if maps is None:
-        heads, size = seen.model.info.n_heads, 4 * seen.model.info.n_heads * n * n / 2**20
+        heads, size = seen.info.n_heads, 4 * seen.info.n_heads * n * n / 2**20
         st.text(
             f"Attention maps are not kept: query × key of the {heads} heads of block {now.layer} takes {_size(size)} for "
             f"the {n:,} tokens, and one more pass."
