@@ -59,6 +59,8 @@ class Result:
         """Model and corpus in one line, for captions."""
         texts, model = self.provenance.get("texts", {}), self.provenance.get("model", {})
         n_texts, n_tokens = texts.get("n_texts", 0), texts.get("n_tokens", 0)
+        if not n_texts:
+            return f"{model.get('name', 'model')}."
         chat = " in the chat template" if texts.get("chat_template") else ""
         return f"{model.get('name', 'model')}, {n_texts} text{'s' * (n_texts != 1)}{chat}, {n_tokens:,} tokens."
 

@@ -192,7 +192,8 @@ def _shown(seen: Seen, found: Outcome, code: str) -> None:
         help="Of the next-token distribution, over the whole vocabulary.",
     )
     two.metric("Loss of the text before, nats per token", f"{before:.3f}")
-    three.metric("Loss after", f"{after:.3f}", f"{after - before:+.3f}", delta_color="inverse")
+    three.metric("Loss after", f"{after:.3f}", f"{after - before:+.3f}",
+                 delta_color="inverse" if abs(after - before) >= 5e-4 else "off")  # fmt: skip
     st.text(f"What follows token {effect.position} ({plots.visible(seen.tokens[effect.position])}):")
     table = next_tokens(effect)
     bar = st.column_config.ProgressColumn

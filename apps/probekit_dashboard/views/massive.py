@@ -228,10 +228,8 @@ def _cost(seen: Seen, result: pk.Result, texts: list[str], params: dict[str, Any
     )  # fmt: skip
     table = losses_by_case(result)
     st.text("In the text above (-ln p of each next token, mean over its tokens):")
-    left, right = st.columns([4, 1.3])
-    left.dataframe(table.style.format(precision=4), hide_index=True, width="stretch")
-    with right:
-        export("massive-losses", code=code, result=result, table=table)
+    st.dataframe(table.style.format(precision=4), hide_index=True, width="stretch")
+    export("massive-losses", code=code, result=result, table=table)
     figure = result.figures().get("removal")
     if figure is not None:
         draw(figure, "massive-removal", code, result)
