@@ -1,0 +1,18 @@
+"""Linear probes with their controls: `pk.collect` rows, fit probes, sweep over layers, erase, steer."""
+
+from .collect import CollectPlan, collect, plan
+from .collected import Collected
+from .estimators import DifferenceOfMeans, LogisticProbe, MassMeanProbe, RidgeProbe
+from .leace import LeaceEraser
+
+__all__ = [
+    "CollectPlan",
+    "Collected",
+    "DifferenceOfMeans",
+    "LeaceEraser",
+    "LogisticProbe",
+    "MassMeanProbe",
+    "RidgeProbe",
+    "collect",
+    "plan",
+]

@@ -1,0 +1,382 @@
+"""Linear probes as scikit-learn estimators."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Self
+
+import numpy as np
+from scipy.special import expit, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils import ClassifierTags
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from .saving import Saved
+from .splits import group_folds
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+_PATIENCE = 2  # values of C after the best one before the path is left
+
+
+def standardised(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns with mean 0 and standard deviation 1, their means and deviations; constant columns are only centred."""
+    mean = X.mean(axis=0)
+    scale = X.std(axis=0)
+    scale[scale <= 10 * np.finfo(X.dtype).eps * np.maximum(np.abs(mean), 1e-12)] = 1.0
+    return (X - mean) / scale, mean, scale
+
+
+def rotated(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows in the basis they span, and that basis: fewer columns where there are fewer rows than features.
+
+    An L2-penalised linear model does not change under a rotation of its features, and its weights lie in the span of
+    the rows.
+
+    Returns:
+        Coordinates (axes row, basis) and the basis (axes basis, feature), with Z = coordinates · basis.
+    """
+    if Z.shape[0] >= Z.shape[1]:
+        return Z, np.eye(0)
+    values, vectors = np.linalg.eigh(Z @ Z.T)
+    keep = values > values.max(initial=0.0) * 1e-12
+    root = np.sqrt(values[keep])
+    return vectors[:, keep] * root, (vectors[:, keep] / root).T @ Z
+
+
+class LogisticProbe(Saved, ClassifierMixin, BaseEstimator):
+    """L2-penalised logistic regression on standardised features, with its strength chosen by grouped cross-validation.
+
+    Features are standardised on the training rows. C minimises the mean log-loss of held-out groups over `cv` folds
+    inside the training rows; a path of C is left after two values without an improvement. Minimised is
+    ‖w‖² / 2 + C · Σ log-loss. Where there are fewer rows than features the same problem is solved in the span of the
+    rows. Groups come through `fit(X, y, groups=…)`, in model selection by metadata routing (`set_fit_request`); without
+    groups each row is one of its own in the choice of C.
+
+    Args:
+        Cs: values of C that are tried, ascending.
+        cv: inner folds; fewer where there are fewer groups. Where no inner fold has all classes on both sides, the
+            middle value of C is taken.
+        random_state: seed of the inner split.
+
+    Attributes:
+        classes_: the classes.
+        coef_: weights in units of the features as given (axes class, feature; one row for two classes).
+        intercept_: with them, the decision function is X @ coef_.T + intercept_.
+        C_: the value of C that was chosen.
+        held_out_loss_: mean inner held-out log-loss in nats of each C; inf where it was not tried.
+        temperature_: what the decision function is divided by for calibrated probabilities: it minimises the log-loss of
+            the inner held-out rows at C_ (Guo et al. 2017, arXiv 1706.04599); 1 where there were none.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> X = rng.normal(size=(60, 5))
+        >>> LogisticProbe().fit(X, X[:, 0] > 0).direction_.shape
+        (5,)
+    """
+
+    def __init__(self, *, Cs: Any = STRENGTHS, cv: int = 5, random_state: int = 0) -> None:
+        self.Cs = Cs
+        self.cv = cv
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
+        """Fit on rows X with classes y; rows of one group stay together in the choice of C."""
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        self.classes_, target = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"A probe needs two classes; found one class only: {self.classes_.tolist()}.")
+        groups = np.arange(len(y)) if groups is None else np.asarray(groups)
+        if len(groups) != len(y):
+            raise ValueError(f"Found {len(groups)} groups for {len(y)} rows.")
+        Z, mean, scale = standardised(X)
+        Z, basis = rotated(Z)
+        self.held_out_loss_, held = self._search(Z, target, groups)
+        Cs = np.asarray(self.Cs, dtype=float)
+        best = int(self.held_out_loss_.argmin()) if np.isfinite(self.held_out_loss_).any() else len(Cs) // 2
+        self.C_ = float(Cs[best])
+        model = _regression(self.C_).fit(Z, target)
+        weights = model.coef_ @ basis if basis.size else model.coef_
+        self.coef_ = weights / scale
+        self.intercept_ = model.intercept_ - self.coef_ @ mean
+        scores, places = held.get(best, (np.zeros((0, 1)), np.zeros(0, dtype=int)))
+        self.temperature_ = temperature(scores, target[places])
+        return self
+
+    def _search(self, Z: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, dict[int, Any]]:
+        """Mean held-out loss of each C, and the held-out scores and their rows for each C that was tried."""
+        losses, held = np.full(len(self.Cs), np.inf), {}
+        n_folds = min(self.cv, len(np.unique(groups)))
+        if n_folds < 2:
+            return losses, held
+        folds = [
+            (train, test)
+            for train, test in group_folds(groups, n_folds, self.random_state)
+            if len(np.unique(y[train])) == len(self.classes_)
+        ]
+        if not folds:
+            return losses, held
+        models = [_regression(1.0) for _ in folds]
+        for i, C in enumerate(self.Cs):
+            scores = [m.set_params(C=C).fit(Z[a], y[a]).decision_function(Z[b]) for m, (a, b) in zip(models, folds, strict=True)]
+            rows = np.concatenate([b for _, b in folds])
+            seen = np.concatenate(scores).reshape(len(rows), -1)
+            losses[i], held[i] = log_loss(seen, y[rows]), (seen, rows)
+            if i - int(losses.argmin()) >= _PATIENCE:
+                break
+        return losses, held
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Log-odds of the second class, axis row; for more classes, a score for each."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        scores = X @ self.coef_.T + self.intercept_
+        return scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities, axes row, class; without temperature."""
+        return probabilities(self.decision_function(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The likelier class."""
+        scores = self.decision_function(X)
+        return self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
+
+    @property
+    def direction_(self) -> np.ndarray:
+        """The direction of the second class at unit length (axis feature), or of each class for more than two."""
+        return _unit(self.coef_[0] if len(self.classes_) == 2 else self.coef_)
+
+
+def _regression(C: float) -> Any:
+    return _Quiet(C=C, solver="lbfgs", max_iter=1000, warm_start=True)
+
+
+class _Quiet(LogisticRegression):
+    """Says nothing where a path ends at data that can be separated: the held-out loss decides there."""
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return super().fit(X, y, sample_weight)
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    """Probabilities of each class (axes row, class) of log-odds, or of one score for each class."""
+    if scores.ndim == 1 or scores.shape[1] == 1:
+        p = expit(scores.ravel())
+        return np.stack([1 - p, p], axis=1)
+    return softmax(scores, axis=1)
+
+
+def log_loss(scores: np.ndarray, y: np.ndarray) -> float:
+    """Mean -ln p of the true class, in nats; y holds class numbers."""
+    if scores.ndim == 1 or scores.shape[1] == 1:
+        return float(np.logaddexp(0, -(2.0 * y - 1) * scores.ravel()).mean())
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(y)), y]).mean())
+
+
+def temperature(scores: np.ndarray, y: np.ndarray) -> float:
+    """The T in [0.05, 20] for which scores / T have the least log-loss; 1 without rows of two classes."""
+    from scipy.optimize import minimize_scalar
+
+    if len(np.unique(y)) < 2:
+        return 1.0
+    found = minimize_scalar(lambda t: log_loss(scores * np.exp(-t), y), bounds=(-3.0, 3.0), method="bounded")
+    return float(np.exp(found.x))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-300)
+
+
+def _two_classes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two classes, and whether each row is of the second.
+
+    Raises:
+        ValueError: there are not exactly two.
+    """
+    check_classification_targets(y)
+    kind = type_of_target(y)
+    classes = np.unique(y)
+    if kind == "multiclass" or len(classes) > 2:
+        raise ValueError(f"Only binary classification is supported. The type of the target is {kind}.")
+    if len(classes) < 2:
+        raise ValueError(f"A difference of means needs two classes; found one class only: {classes.tolist()}.")
+    return classes, y == classes[1]
+
+
+class DifferenceOfMeans(Saved, TransformerMixin, BaseEstimator):
+    """The direction from one class's mean to the other's: θ = μ₊ − μ₋, and how far rows lie along it.
+
+    Attributes:
+        classes_: negative and positive class.
+        difference_: θ, axis feature; in the features' unit.
+        mean_: mean of all training rows, axis feature.
+    """
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit on rows X with two classes y."""
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        self.classes_, positive = _two_classes(y)
+        self.difference_ = X[positive].mean(axis=0) - X[~positive].mean(axis=0)
+        self.mean_ = X.mean(axis=0)
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Coordinate of each row along the unit direction, from the mean; axes row, one column."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        return ((X - self.mean_) @ self.direction_)[:, None]
+
+    @property
+    def direction_(self) -> np.ndarray:
+        """θ at unit length, axis feature."""
+        return _unit(self.difference_)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.classifier_tags = ClassifierTags(multi_class=False)  # what it wants of y, though it is no classifier
+        return tags
+
+
+class MassMeanProbe(Saved, ClassifierMixin, BaseEstimator):
+    """Mass-mean probe (Marks and Tegmark 2023, arXiv 2310.06824): nothing is optimised.
+
+    With θ = μ₊ − μ₋ and rows centred on the training mean, p(positive) = σ(θᵀx), or with `iid` σ(xᵀΣ⁺θ), where Σ is the
+    pooled covariance within classes (sum of squares divided by the number of rows), its pseudo-inverse leaving out
+    eigenvalues up to `atol`. There is no bias, hence the centring. The first form is meant for data unlike that of the
+    fit, the second one for data like it.
+
+    Args:
+        iid: whether directions are weighted by the inverse covariance.
+        atol: eigenvalues of Σ up to this are taken as 0, in squared units of the features.
+
+    Attributes:
+        classes_: negative and positive class.
+        mean_: training mean, axis feature.
+        coef_: θ or Σ⁺θ, axes 1, feature.
+        intercept_: −coef · mean.
+    """
+
+    def __init__(self, *, iid: bool = False, atol: float = 1e-3) -> None:
+        self.iid = iid
+        self.atol = atol
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit on rows X with two classes y."""
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        self.classes_, positive = _two_classes(y)
+        self.mean_ = X.mean(axis=0)
+        means = X[~positive].mean(axis=0), X[positive].mean(axis=0)
+        theta = means[1] - means[0]
+        if self.iid:
+            within = X - np.where(positive[:, None], means[1], means[0])
+            values, vectors = np.linalg.eigh(within.T @ within / len(X))
+            inverse = np.divide(1.0, values, out=np.zeros_like(values), where=values > self.atol)
+            theta = vectors @ (inverse * (vectors.T @ theta))
+        self.coef_ = theta[None]
+        self.intercept_ = -self.coef_ @ self.mean_
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Log-odds of the positive class, axis row."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        return (X - self.mean_) @ self.coef_[0]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities, axes row, class."""
+        return probabilities(self.decision_function(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The likelier class."""
+        positive = self.decision_function(X) > 0
+        return self.classes_[positive.astype(int)]
+
+    @property
+    def direction_(self) -> np.ndarray:
+        """The weights at unit length, axis feature."""
+        return _unit(self.coef_[0])
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+
+class RidgeProbe(Saved, RegressorMixin, BaseEstimator):
+    """Ridge regression on standardised features in closed form, its strength chosen by grouped cross-validation.
+
+    Minimised is ‖y − Xw − b‖² + alpha ‖w‖²; alpha has the least squared error on held-out groups inside the training
+    rows. Groups as in `LogisticProbe`.
+
+    Args:
+        alphas: values that are tried.
+        cv: inner folds; fewer where there are fewer groups. With fewer than two groups the middle value is taken.
+        random_state: seed of the inner split.
+
+    Attributes:
+        coef_: weights in units of the features as given, axis feature.
+        intercept_: with them, a prediction is X @ coef_ + intercept_.
+        alpha_: the value that was chosen.
+        held_out_loss_: mean inner held-out squared error of each alpha.
+    """
+
+    def __init__(self, *, alphas: Any = (1e-1, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5), cv: int = 5, random_state: int = 0) -> None:
+        self.alphas = alphas
+        self.cv = cv
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
+        """Fit on rows X with numbers y; rows of one group stay together in the choice of alpha."""
+        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
+        y = np.asarray(y, dtype=np.float64)
+        groups = np.arange(len(y)) if groups is None else np.asarray(groups)
+        if len(groups) != len(y):
+            raise ValueError(f"Found {len(groups)} groups for {len(y)} rows.")
+        alphas = np.asarray(self.alphas, dtype=float)
+        Z, mean, scale = standardised(X)
+        self.held_out_loss_ = np.full(len(alphas), np.inf)
+        n_folds = min(self.cv, len(np.unique(groups)))
+        if n_folds >= 2:
+            losses = np.zeros(len(alphas))
+            for train, test in group_folds(groups, n_folds, self.random_state):
+                weights, offset, centre = _ridge_path(Z[train], y[train], alphas)
+                losses += ((y[test, None] - (Z[test] - centre) @ weights - offset) ** 2).sum(axis=0)
+            self.held_out_loss_ = losses / len(y)
+        best = int(self.held_out_loss_.argmin()) if n_folds >= 2 else len(alphas) // 2
+        self.alpha_ = float(alphas[best])
+        weights, offset, centre = _ridge_path(Z, y, alphas[best : best + 1])
+        self.coef_ = weights[:, 0] / scale
+        self.intercept_ = float(offset - centre @ weights[:, 0] - self.coef_ @ mean)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predicted numbers, axis row."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        return X @ self.coef_ + self.intercept_
+
+    @property
+    def direction_(self) -> np.ndarray:
+        """The weights at unit length, axis feature."""
+        return _unit(self.coef_)
+
+
+def _ridge_path(Z: np.ndarray, y: np.ndarray, alphas: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+    """Ridge weights for each alpha (axes feature, alpha), the mean of y, and the mean of the rows they are for."""
+    centre, offset = Z.mean(axis=0), float(y.mean())
+    rows, target = Z - centre, y - offset
+    if len(rows) < rows.shape[1]:
+        values, vectors = np.linalg.eigh(rows @ rows.T)
+        inner = (vectors.T @ target)[:, None] / (np.maximum(values, 0)[:, None] + alphas)
+        return rows.T @ (vectors @ inner), offset, centre
+    values, vectors = np.linalg.eigh(rows.T @ rows)
+    inner = (vectors.T @ (rows.T @ target))[:, None] / (np.maximum(values, 0)[:, None] + alphas)
+    return vectors @ inner, offset, centre
