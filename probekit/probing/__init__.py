@@ -4,6 +4,7 @@ from .collect import CollectPlan, collect, plan
 from .collected import Collected
 from .estimators import DifferenceOfMeans, LogisticProbe, MassMeanProbe, RidgeProbe
 from .leace import LeaceEraser
+from .sweeping import sweep
 
 __all__ = [
     "CollectPlan",
@@ -15,4 +16,5 @@ __all__ = [
     "RidgeProbe",
     "collect",
     "plan",
+    "sweep",
 ]

@@ -6,6 +6,7 @@ import warnings
 from typing import Any, Self
 
 import numpy as np
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
@@ -30,20 +31,21 @@ def standardised(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def rotated(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows in the basis they span, and that basis: fewer columns where there are fewer rows than features.
+    """The rows in their principal axes, and these axes; fewer columns where there are fewer rows than features.
 
-    An L2-penalised linear model does not change under a rotation of its features, and its weights lie in the span of
-    the rows.
+    An L2-penalised linear model does not change under a rotation of its features, its weights lie in the span of the
+    rows, and along principal axes it is solved in few steps.
 
     Returns:
-        Coordinates (axes row, basis) and the basis (axes basis, feature), with Z = coordinates · basis.
+        Coordinates (axes row, axis) and axes (axes axis, feature), with Z = coordinates · axes.
     """
-    if Z.shape[0] >= Z.shape[1]:
-        return Z, np.eye(0)
-    values, vectors = np.linalg.eigh(Z @ Z.T)
-    keep = values > values.max(initial=0.0) * 1e-12
-    root = np.sqrt(values[keep])
-    return vectors[:, keep] * root, (vectors[:, keep] / root).T @ Z
+    if Z.shape[0] < Z.shape[1]:
+        values, vectors = np.linalg.eigh(Z @ Z.T)
+        keep = values > values.max(initial=0.0) * 1e-12
+        root = np.sqrt(values[keep])
+        return vectors[:, keep] * root, (vectors[:, keep] / root).T @ Z
+    vectors = np.linalg.eigh(Z.T @ Z)[1]
+    return Z @ vectors, vectors.T
 
 
 class LogisticProbe(Saved, ClassifierMixin, BaseEstimator):
@@ -98,9 +100,8 @@ class LogisticProbe(Saved, ClassifierMixin, BaseEstimator):
         Cs = np.asarray(self.Cs, dtype=float)
         best = int(self.held_out_loss_.argmin()) if np.isfinite(self.held_out_loss_).any() else len(Cs) // 2
         self.C_ = float(Cs[best])
-        model = _regression(self.C_).fit(Z, target)
-        weights = model.coef_ @ basis if basis.size else model.coef_
-        self.coef_ = weights / scale
+        model = _solver(len(self.classes_), self.C_).fit(Z, target)
+        self.coef_ = model.coef_ @ basis / scale
         self.intercept_ = model.intercept_ - self.coef_ @ mean
         scores, places = held.get(best, (np.zeros((0, 1)), np.zeros(0, dtype=int)))
         self.temperature_ = temperature(scores, target[places])
@@ -119,10 +120,11 @@ class LogisticProbe(Saved, ClassifierMixin, BaseEstimator):
         ]
         if not folds:
             return losses, held
-        models = [_regression(1.0) for _ in folds]
+        models = [_solver(len(self.classes_), 1.0) for _ in folds]
+        parts = [(Z[a], y[a], Z[b]) for a, b in folds]
+        rows = np.concatenate([b for _, b in folds])
         for i, C in enumerate(self.Cs):
-            scores = [m.set_params(C=C).fit(Z[a], y[a]).decision_function(Z[b]) for m, (a, b) in zip(models, folds, strict=True)]
-            rows = np.concatenate([b for _, b in folds])
+            scores = [m.set_params(C=C).fit(a, b).decision_function(c) for m, (a, b, c) in zip(models, parts, strict=True)]
             seen = np.concatenate(scores).reshape(len(rows), -1)
             losses[i], held[i] = log_loss(seen, y[rows]), (seen, rows)
             if i - int(losses.argmin()) >= _PATIENCE:
@@ -151,8 +153,42 @@ class LogisticProbe(Saved, ClassifierMixin, BaseEstimator):
         return _unit(self.coef_[0] if len(self.classes_) == 2 else self.coef_)
 
 
-def _regression(C: float) -> Any:
-    return _Quiet(C=C, solver="lbfgs", max_iter=1000, warm_start=True)
+def _solver(n_classes: int, C: float) -> Any:
+    """What fits one value of C, starting from where it was before."""
+    return _Binary(C) if n_classes == 2 else _Quiet(C=C, solver="lbfgs", max_iter=1000, warm_start=True)
+
+
+class _Binary:
+    """Two classes: the mean log-loss + ‖w‖² / (2 C n) by L-BFGS, in columns scaled to like curvature."""
+
+    def __init__(self, C: float) -> None:
+        self.C, self.coef_, self.intercept_ = C, np.zeros((1, 0)), np.zeros(1)
+
+    def set_params(self, C: float) -> _Binary:
+        self.C = C
+        return self
+
+    def fit(self, Z: np.ndarray, y: np.ndarray) -> _Binary:
+        n, sign, penalty = len(y), 2.0 * y - 1, 1 / (self.C * len(y))
+        steps = 1 / np.sqrt((Z**2).mean(axis=0) / 4 + penalty)
+        rows = Z * steps
+
+        def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
+            weights = at[:-1] * steps
+            margin = sign * (rows @ at[:-1] + at[-1])
+            pull = -sign * expit(-margin) / n
+            value = float(np.logaddexp(0, -margin).mean() + penalty / 2 * (weights @ weights))
+            return value, np.append(rows.T @ pull + penalty * weights * steps, pull.sum())
+
+        before = self.coef_[0] if self.coef_.size else np.zeros(Z.shape[1])
+        start = np.append(before / steps, self.intercept_)
+        options = {"maxiter": 500, "gtol": 1e-5, "ftol": 1e-9}
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
+        self.coef_, self.intercept_ = (found[:-1] * steps)[None], found[-1:]
+        return self
+
+    def decision_function(self, Z: np.ndarray) -> np.ndarray:
+        return Z @ self.coef_[0] + self.intercept_[0]
 
 
 class _Quiet(LogisticRegression):
@@ -182,8 +218,6 @@ def log_loss(scores: np.ndarray, y: np.ndarray) -> float:
 
 def temperature(scores: np.ndarray, y: np.ndarray) -> float:
     """The T in [0.05, 20] for which scores / T have the least log-loss; 1 without rows of two classes."""
-    from scipy.optimize import minimize_scalar
-
     if len(np.unique(y)) < 2:
         return 1.0
     found = minimize_scalar(lambda t: log_loss(scores * np.exp(-t), y), bounds=(-3.0, 3.0), method="bounded")
