@@ -17,6 +17,8 @@ from probekit.core import InputError, unknown
 from .contract import Analysis
 
 _ANALYSES: dict[str, Analysis] = {}
+# Analyses of rows that a user collected: results load and show as others do, but nothing runs them by name.
+_COLLECTED = ("concept-erasure", "linear-probes", "linear-probes-of-numbers", "probe-steering")
 A = TypeVar("A", bound=type[Analysis])
 
 
@@ -62,6 +64,10 @@ def get_analysis(name: str) -> Analysis:
         UnknownName: there is none; close matches are suggested.
     """
     known = analyses()
+    if name not in known and name in _COLLECTED:
+        from probekit.probing.analyses import ANALYSES
+
+        return ANALYSES[name]
     if name not in known:
         raise unknown("analysis", name, known, "`probekit list` shows them all.")
     return known[name]

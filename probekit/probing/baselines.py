@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .collected import Collected
-from .estimators import LogisticProbe, standardised
+from .logistic import LogisticProbe, standardised
 from .measuring import auroc, balanced_accuracy
 
 MOST_IDS = 2000

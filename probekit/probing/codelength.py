@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .estimators import LogisticProbe, log_loss
+from .logistic import LogisticProbe, log_loss
 
 # Shares of the rows after which the probe is trained anew.
 CUTS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)

@@ -168,7 +168,9 @@ class Collected:
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}). Collect again.") from error
         if {s: a.shape for s, a in arrays.items()} != shapes:
-            raise StoreError(f"{path} is damaged: its arrays are not of the shapes that {MANIFEST} says. Collect again.")
+            raise StoreError(
+                f"{path} is damaged: its arrays are not of the shapes that {MANIFEST} says. Collect again."
+            )
         return cls(arrays, layers, about, manifest, path)
 
     def close(self) -> None:
@@ -183,16 +185,22 @@ class Collected:
         self.close()
 
     def _title(self) -> str:
-        where = "in memory" if self.folder is None else f"in {'a temporary folder' * bool(self._temporary) or self.folder}"
+        where = (
+            "in memory" if self.folder is None else f"in {'a temporary folder' * bool(self._temporary) or self.folder}"
+        )
         n_groups, name = len(np.unique(self.groups)), self.manifest["model"].get("name", "model")
         labelled = "" if self.about.labels is None else ", labelled"
-        return f"Collected from {name}: {len(self):,} rows of {n_groups:,} prompts{labelled}, {human(self.nbytes)} {where}"
+        return (
+            f"Collected from {name}: {len(self):,} rows of {n_groups:,} prompts{labelled}, {human(self.nbytes)} {where}"
+        )
 
     def _lines(self) -> list[tuple[str, str, str]]:
         found = []
         for site, array in self.arrays.items():
             layers = self.layers[site]
-            words = f"{len(layers)} layers, {layers[0]} to {layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
+            words = (
+                f"{len(layers)} layers, {layers[0]} to {layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
+            )
             dims = (("layer",) if layers else ()) + SITES[site].dims
             found.append((site, words, " × ".join(f"{d} {n:,}" for d, n in zip(dims, array.shape, strict=True))))
         return found
@@ -233,14 +241,18 @@ def begin_folder(folder: Path, manifest: Mapping[str, Any], needed: int) -> None
     """
     known = read_manifest(folder)
     if known is not None and known["complete"]:
-        raise StoreError(f"{folder} holds a collection already. Open it (Collected.open), remove it, or choose another.")
+        raise StoreError(
+            f"{folder} holds a collection already. Open it (Collected.open), remove it, or choose another."
+        )
     if folder.exists() and known is None and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} exists and holds no collection of probekit's; choose another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if needed > free:
-            raise StoreError(f"{folder} needs {human(needed)} and its disk has {human(free)} left. Choose another disk.")
+            raise StoreError(
+                f"{folder} needs {human(needed)} and its disk has {human(free)} left. Choose another disk."
+            )
         for old in [*folder.glob("*.npy"), *folder.glob(ROWS)]:
             old.unlink()
         write_manifest(folder, {**manifest, "complete": False})
@@ -255,8 +267,8 @@ def write_rows(folder: Path, about: Rows) -> None:
     strings, codes = np.unique(about.token_str.astype(str), return_inverse=True)
     labels = None if about.labels is None else about.labels.tolist()
     words = np.frombuffer(json.dumps({"strings": strings.tolist(), "labels": labels}).encode(), dtype=np.uint8)
-    texts = {"text_ids": about.text_ids, "lengths": about.lengths}
-    np.savez(folder / ROWS, **dict(about.numbers), codes=codes.astype(np.int32), words=words, **texts)
+    stored: dict[str, Any] = dict(about.numbers) | {"codes": codes.astype(np.int32), "words": words}
+    np.savez(folder / ROWS, text_ids=about.text_ids, lengths=about.lengths, **stored)
 
 
 def _read_rows(folder: Path, manifest: Mapping[str, Any]) -> Rows:

@@ -43,7 +43,9 @@ class LeaceEraser(Saved, TransformerMixin, BaseEstimator):
         """Fit on rows X with the concept y: classes, numbers, or a matrix with a row for each."""
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         if y is None:
-            raise ValueError("This LeaceEraser requires y to be passed, but the target y is None: it holds the concept.")
+            raise ValueError(
+                "This LeaceEraser requires y to be passed, but the target y is None: it holds the concept."
+            )
         z = _concept(y)
         if len(z) != len(X):
             raise ValueError(f"Found {len(z)} values of the concept for {len(X)} rows.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-from .estimators import probabilities, standardised
+from .logistic import probabilities, standardised
 
 N_BOOT = 1000
 N_BINS = 15

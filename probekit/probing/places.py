@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def places_of(positions: Positions, batch: Batch) -> Places:
         words = "tokens for which a function is true"
         asked = [[i for i, s in enumerate(t.strings) if positions(s)] for t in batch.texts]
     elif _is_int(positions):
-        single, words = int(positions), f"position {positions}"  # type: ignore[call-overload]
+        single, words = int(cast(int, positions)), f"position {positions}"
         asked = [[single] for _ in batch.texts]
     elif isinstance(positions, Sequence | np.ndarray) and len(positions) and all(map(_is_int, positions)):
         chosen = [int(p) for p in positions]
@@ -92,7 +92,9 @@ def _one_by_one(positions: Any, batch: Batch) -> list[list[int]]:
         elif all(map(_is_int, values)):
             asked.append([int(v) for v in values])
         else:
-            raise InputError(f"positions of text {i}: expected whole numbers or a boolean per token, found {values[:5]!r}.")
+            raise InputError(
+                f"positions of text {i}: expected whole numbers or a boolean per token, found {values[:5]!r}."
+            )
     return asked
 
 
@@ -109,8 +111,8 @@ def _rows(asked: list[list[int]], batch: Batch, single: int | None, words: str) 
         position += own
     if not text:
         raise InputError(f"No token was chosen ({words}) in {len(batch)} texts.")
-    as_int = [np.asarray(v, dtype=np.int64) for v in (text, pos, position)]
-    return Places(*as_int, single, words)
+    rows, at, asked_at = (np.asarray(v, dtype=np.int64) for v in (text, pos, position))
+    return Places(rows, at, asked_at, single, words)
 
 
 def groups_of(batch: Batch, groups: Sequence[Hashable] | None = None) -> np.ndarray:

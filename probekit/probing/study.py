@@ -111,7 +111,7 @@ class Sweep(Collectable):
 
     def _about(self, at: xr.Dataset, result: Result) -> str:
         n, rows = int(at["n_groups"]), int(at["n_rows"])
-        return f"{result.about} {rows:,} rows of {n:,} prompts, {result.params.n_folds} folds by prompt."
+        return f"{result.about} {rows:,} rows of {n:,} prompts, {getattr(result.params, 'n_folds', 0)} folds by prompt."
 
     def _level(self, at: xr.Dataset, name: str) -> xr.DataArray:
         return at[self.value].copy(data=np.full(at.sizes["layer"], float(at[name])))
@@ -250,7 +250,9 @@ class LinearProbes(Sweep):
     measures = {
         "auroc": Measure(CL, "1", f"share of pairs of held-out rows of one fold that are ranked right; {NO_LAYER}"),
         **_interval("auroc", CL, "auroc"),
-        "balanced_accuracy": Measure(CL, "1", f"mean over classes of the share of held-out rows told right; {NO_LAYER}"),
+        "balanced_accuracy": Measure(
+            CL, "1", f"mean over classes of the share of held-out rows told right; {NO_LAYER}"
+        ),
         **_interval("balanced_accuracy", CL, "balanced_accuracy"),
         **TESTED,
         "ece": Measure(CL, "1", f"expected calibration error, 15 equal bins, held-out rows; {NO_LAYER}"),
@@ -258,13 +260,19 @@ class LinearProbes(Sweep):
         "brier": Measure(CL, "1", f"mean squared difference of probability and outcome, held-out rows; {NO_LAYER}"),
         "brier_calibrated": Measure(CL, "1", f"the same after temperature; {NO_LAYER}"),
         "mass_mean_auroc": Measure(CL, "1", f"held-out AUROC of the difference of means; {NO_LAYER}"),
-        "shuffled_auroc": Measure(CL, "1", f"held-out AUROC on labels exchanged between prompts, mean of 3; {NO_LAYER}"),
+        "shuffled_auroc": Measure(
+            CL, "1", f"held-out AUROC on labels exchanged between prompts, mean of 3; {NO_LAYER}"
+        ),
         "random_auroc": Measure(CL, "1", f"held-out AUROC of random directions, mean of 20; {NO_LAYER}"),
         "random_auroc_high": Measure(CL, "1", f"the largest of them; {NO_LAYER}"),
         "task_accuracy": Measure(
-            CL, "1", f"balanced accuracy in the task: held-out rows for token labels, rows of the fit for text labels; {NO_LAYER}"
+            CL,
+            "1",
+            f"balanced accuracy in the task: held-out rows for token labels, rows of the fit for text labels; {NO_LAYER}",
         ),
-        "control_accuracy": Measure(CL, "1", f"balanced accuracy in the control task, on the same kind of rows; {NO_LAYER}"),
+        "control_accuracy": Measure(
+            CL, "1", f"balanced accuracy in the control task, on the same kind of rows; {NO_LAYER}"
+        ),
         "selectivity": Measure(CL, "1", f"task_accuracy minus control_accuracy; {NO_LAYER}"),
         "codelength_bits": Measure(CL, "bits", f"online code of the labels given the rows; {NO_LAYER}"),
         "compression": Measure(CL, "1", f"number of rows (one bit each) over codelength_bits; {NO_LAYER}"),

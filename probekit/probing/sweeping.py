@@ -86,7 +86,7 @@ def sweep(
     found["p_bonferroni"], found["p_bh"] = adjusted(found["p_value"])
     data = _dataset(found, analysis, cases, layers)
     data.attrs |= {"positive": target.positive, "negative": target.negative, "of_text": int(target.of_text)}
-    return Result(analysis, params, analysis.check(data), _provenance(collected))
+    return Result(analysis, params, analysis.check(data), provenance_of(collected))
 
 
 def _task(collected: Collected, case: Case, target: Target, settings: Settings) -> Task:
@@ -97,7 +97,13 @@ def _task(collected: Collected, case: Case, target: Target, settings: Settings) 
     keys = numbers["text" if target.of_text else "token_id"][rows]
     kind = Classes if target.classes else Numbers
     return kind(
-        y, collected.groups[rows], numbers["text"][rows], keys, of_text=target.of_text, settings=settings, name=case.name
+        y,
+        collected.groups[rows],
+        numbers["text"][rows],
+        keys,
+        of_text=target.of_text,
+        settings=settings,
+        name=case.name,
     )
 
 
@@ -150,7 +156,8 @@ def _dataset(found: dict[str, np.ndarray], analysis: Any, cases: Sequence[Case],
     return xr.Dataset({n: (m.dims, found[n]) for n, m in analysis.measures.items()}, coords=coords)
 
 
-def _provenance(collected: Collected) -> dict[str, Any]:
+def provenance_of(collected: Collected) -> dict[str, Any]:
+    """What fixes the numbers of a result: model, texts, positions."""
     left_out = ("format", "version", "complete", "sites")
     return {k: v for k, v in collected.manifest.items() if k not in left_out}
 
@@ -174,5 +181,3 @@ class _Ticks:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-

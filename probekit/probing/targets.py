@@ -61,7 +61,9 @@ def target_of(collected: Collected, labels: Sequence[Any] | None, positive: Any 
         )
     of_text = len(values) == n_texts
     if n_texts == n_rows and not np.array_equal(text, np.arange(n_texts)):
-        raise InputError(f"There are {n_texts} texts and as many rows, which do not belong to them one by one. Add a row.")
+        raise InputError(
+            f"There are {n_texts} texts and as many rows, which do not belong to them one by one. Add a row."
+        )
     if values.dtype == object:
         values = np.asarray(values.tolist())
     if values.dtype.kind == "f" and not np.isfinite(values).all():

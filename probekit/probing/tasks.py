@@ -12,7 +12,8 @@ from probekit.core import InputError
 
 from .baselines import control_task, random_directions, told
 from .codelength import online_code
-from .estimators import LogisticProbe, MassMeanProbe, RidgeProbe
+from .estimators import MassMeanProbe, RidgeProbe
+from .logistic import LogisticProbe
 from .measuring import (
     Interval,
     auroc,
@@ -127,7 +128,11 @@ class Task:
         """By how much scores beat others on the same rows, with the interval of the paired difference."""
         width = 1.0 - self.least
         return interval(
-            lambda w: self.score(scores, w) - self.score(other, w), self.weights, units=self.units, low=-width, high=width
+            lambda w: self.score(scores, w) - self.score(other, w),
+            self.weights,
+            units=self.units,
+            low=-width,
+            high=width,
         )
 
     least = 0.0
@@ -261,7 +266,9 @@ class Numbers(Task):
         held = np.zeros_like(projected)
         for train, test in self.folds:
             x, y = projected[train], self.y[train]
-            slope = ((x - x.mean(axis=0)) * (y - y.mean())[:, None]).sum(axis=0) / ((x - x.mean(axis=0)) ** 2).sum(axis=0)
+            slope = ((x - x.mean(axis=0)) * (y - y.mean())[:, None]).sum(axis=0) / ((x - x.mean(axis=0)) ** 2).sum(
+                axis=0
+            )
             held[test] = y.mean() + (projected[test] - x.mean(axis=0)) * slope
         return np.array([self.score(column)[0] for column in held.T])
 

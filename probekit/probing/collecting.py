@@ -85,7 +85,13 @@ class _Work:
     def shape(self, site: str) -> tuple[int, ...]:
         info, layers = self.model.info, self.layers[site]
         heads = info.n_kv_heads if site in ("k", "v") else info.n_heads
-        sizes = {"d_model": info.d_model, "d_mlp": info.d_mlp, "d_head": info.d_head, "vocab": info.d_vocab, "head": heads}
+        sizes = {
+            "d_model": info.d_model,
+            "d_mlp": info.d_mlp,
+            "d_head": info.d_head,
+            "vocab": info.d_vocab,
+            "head": heads,
+        }
         own = tuple(sizes[d] for d in SITES[site].dims[1:])
         return (*([len(layers)] if layers else []), len(self.places), *own)
 
@@ -296,7 +302,9 @@ def _about(work: _Work) -> Rows:
     return Rows(numbers, strings, batch.ids.astype(np.int32), np.asarray(batch.lengths), work.labels)
 
 
-def _run(work: _Work, folder: Path | None, memory_limit: int | None, progress: bool | Listener) -> dict[str, np.ndarray]:
+def _run(
+    work: _Work, folder: Path | None, memory_limit: int | None, progress: bool | Listener
+) -> dict[str, np.ndarray]:
     """Fill the arrays, chunk by chunk."""
     arrays: dict[str, np.ndarray] = {}
     try:
@@ -324,11 +332,13 @@ def _run(work: _Work, folder: Path | None, memory_limit: int | None, progress: b
             part = work.batch.select(chunk)
             trace, _ = run_pass(work.model, request, part, memory_limit=memory_limit, progress=bar)
             to = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chunk])
-            inside = np.concatenate([work.places.pos[starts[i] : starts[i + 1]] + b for i, b in zip(chunk, part.starts, strict=True)])
+            inside = np.concatenate(
+                [work.places.pos[starts[i] : starts[i + 1]] + b for i, b in zip(chunk, part.starts, strict=True)]
+            )
             for site, some in captures.items():
                 for k, capture in enumerate(some):
-                    values = trace[capture]["value"]
-                    values = (values.isel(layer=0) if "layer" in values.dims else values).values
+                    seen = trace[capture]["value"]
+                    values: np.ndarray = (seen.isel(layer=0) if "layer" in seen.dims else seen).values
                     one = arrays[site][k] if work.layers[site] else arrays[site]
                     one[to] = _fitting(values if single is not None else values[inside], work.dtype, capture, part)
     for array in arrays.values():
@@ -341,8 +351,14 @@ def _fitting(values: np.ndarray, dtype: np.dtype, capture: Capture, part: Batch)
     with np.errstate(over="ignore"):
         done = values.astype(dtype)
     if not np.isfinite(done).all():
-        seen = "is not finite" if not np.isfinite(values).all() else f"reaches {np.abs(values).max():.3g}, too large for {dtype}"
-        raise InputError(f"An activation at {capture.point} of the texts {list(part.index[:5])} … {seen}. Use float32, or look at the model.")
+        seen = (
+            "is not finite"
+            if not np.isfinite(values).all()
+            else f"reaches {np.abs(values).max():.3g}, too large for {dtype}"
+        )
+        raise InputError(
+            f"An activation at {capture.point} of the texts {list(part.index[:5])} … {seen}. Use float32, or look at the model."
+        )
     return done
 
 
