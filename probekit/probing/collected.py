@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -165,7 +166,7 @@ class Collected:
             arrays = {s: np.load(path / f"{s}.npy", mmap_mode="r", allow_pickle=False) for s in manifest["sites"]}
             layers = {site: tuple(entry["layers"]) for site, entry in manifest["sites"].items()}
             shapes = {site: tuple(entry["shape"]) for site, entry in manifest["sites"].items()}
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}). Collect again.") from error
         if {s: a.shape for s, a in arrays.items()} != shapes:
             raise StoreError(
@@ -272,7 +273,7 @@ def write_rows(folder: Path, about: Rows) -> None:
 
 
 def _read_rows(folder: Path, manifest: Mapping[str, Any]) -> Rows:
-    with np.load(folder / ROWS, allow_pickle=False) as stored:
+    with (folder / ROWS).open("rb") as file, np.load(file, allow_pickle=False) as stored:
         words = json.loads(stored["words"].tobytes().decode())
         numbers = {name: stored[name] for name in NUMBERS}
         strings = np.asarray(words["strings"], dtype=object)[stored["codes"]]

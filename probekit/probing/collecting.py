@@ -365,7 +365,7 @@ def _fitting(values: np.ndarray, dtype: np.dtype, capture: Capture, part: Batch)
 def _chunks(work: _Work, single: bool) -> list[list[int]]:
     """Texts that are collected together: alike in length, and few enough that their raw activations are small."""
     width = sum(int(np.prod(work.shape(s))) // len(work.places) for s in work.layers) * 4
-    most = CHUNK_TOKENS if single else max(256, min(CHUNK_TOKENS, CHUNK_BYTES // width))
+    most = CHUNK_TOKENS if single else min(CHUNK_TOKENS, max(256, CHUNK_BYTES // width))
     wanted = set(work.places.text.tolist())
     order = sorted(wanted, key=lambda i: -work.batch.lengths[i])
     chunks: list[list[int]] = [[]]

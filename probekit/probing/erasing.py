@@ -14,7 +14,7 @@ from .causal_study import ConceptErasure
 from .collected import Collected
 from .leace import LeaceEraser
 from .logistic import LogisticProbe
-from .measuring import Interval, auroc, interval, rare_groups, resampled
+from .measuring import Interval, auroc, rare_groups, resampled, share_interval
 from .splits import group_folds
 from .sweeping import provenance_of
 from .targets import Case, cases_of, target_of
@@ -99,7 +99,7 @@ def _layer(X: np.ndarray, y: np.ndarray, groups: np.ndarray, n_folds: int, seed:
 def _bounds(
     scores: np.ndarray, y: np.ndarray, tests: Sequence[np.ndarray], weights: np.ndarray, units: int
 ) -> Interval:
-    return interval(lambda w: auroc(scores, y, tests, w), weights, units=units, low=0.0, high=1.0)
+    return share_interval(lambda w: auroc(scores, y, tests, w), weights, units)
 
 
 def _fresh(

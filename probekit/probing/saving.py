@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any, Self
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -51,10 +52,10 @@ class Saved:
             StoreError: it is no such file, of another estimator, of a newer version, or damaged.
         """
         try:
-            with np.load(Path(path), allow_pickle=False) as stored:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 about = json.loads(stored[_ABOUT].tobytes().decode())
                 arrays = {name: stored[name] for name in stored.files if name != _ABOUT}
-        except (OSError, ValueError, KeyError, EOFError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:
             raise StoreError(f"{path} holds no estimator of probekit's ({type(error).__name__}: {error}).") from error
         if about.get("format") != FORMAT or about.get("estimator") != cls.__name__:
             found = about.get("estimator") or about.get("format")

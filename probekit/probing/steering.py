@@ -194,9 +194,9 @@ def _refuse_seen(batch: Batch, fitted_on: Collected) -> None:
 
 def _answer_ids(model: Model, answers: Any, n: int) -> _Answers:
     one = len(answers) == 2 and all(isinstance(a, str) for a in answers)
-    pairs = [tuple(answers)] * n if one else [tuple(a) for a in answers]
+    pairs = [tuple(answers)] * n if one else [() if isinstance(a, str) else tuple(a) for a in answers]
     if len(pairs) != n or not all(len(p) == 2 and all(isinstance(a, str) and a for a in p) for p in pairs):
-        raise InputError(f"Expected two answers, or a pair for each of {n} prompts; found {answers!r:.120}.")
+        raise InputError(f"Expected two answers, or a pair for each of {n} prompts; found {str(answers)[:120]}.")
     ids: dict[str, int] = {}
     for text in dict.fromkeys(a for pair in pairs for a in pair):
         ids[text] = model.tokenize([text], "never").texts[0].ids[0]

@@ -289,7 +289,7 @@ class LinearProbes(Sweep):
     def _more(self, at: xr.Dataset, result: Result) -> Mapping[str, plots.Drawing]:
         best = at.sel(layer=int(at["chosen_layer"]))
         about, where = self._about(at, result), f"{at['case'].item()}, layer {int(best['layer'])}"
-        before, after = float(best["ece"]), float(best["ece_calibrated"])
+        before, after = round(float(best["ece"]), 4), round(float(best["ece_calibrated"]), 4)
         pairs = {
             "as fitted": (best["predicted"].values, best["observed"].values),
             "after temperature": (best["predicted_calibrated"].values, best["observed_calibrated"].values),

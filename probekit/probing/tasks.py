@@ -24,6 +24,7 @@ from .measuring import (
     r_squared,
     rare_groups,
     resampled,
+    share_interval,
 )
 from .splits import group_folds, shuffled_labels
 
@@ -122,20 +123,19 @@ class Task:
 
     def bounds(self, scores: np.ndarray) -> Interval:
         """The main figure with its interval."""
-        return interval(lambda w: self.score(scores, w), self.weights, units=self.units, low=self.least, high=1.0)
+        return interval(lambda w: self.score(scores, w), self.weights)
 
     def beyond(self, scores: np.ndarray, other: np.ndarray) -> Interval:
-        """By how much scores beat others on the same rows, with the interval of the paired difference."""
-        width = 1.0 - self.least
-        return interval(
-            lambda w: self.score(scores, w) - self.score(other, w),
-            self.weights,
-            units=self.units,
-            low=-width,
-            high=width,
-        )
+        """By how much scores beat others on the same rows, with the interval of the paired difference.
 
-    least = 0.0
+        Where an interval of its own was extended because hardly anything is wrong, it extends this one too.
+        """
+        one, two = self.bounds(scores), self.bounds(other)
+        found = interval(lambda w: self.score(scores, w) - self.score(other, w), self.weights)
+        if (1 - one.value) * self.units >= 1:
+            return found
+        reach = float(np.hypot(one.value - one.low, two.high - two.value))
+        return Interval(found.value, min(found.low, found.value - reach), found.high)
 
     def _p(self, X: np.ndarray, figures: dict[str, float]) -> None:
         figures["p_value"] = permutation_p(X, self.y, self.shuffled[: self.settings.n_permutations], self.folds)[0]
@@ -152,6 +152,10 @@ class Classes(Task):
     def score(self, scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """AUROC within folds."""
         return auroc(scores, self.y, self.tests, weights)
+
+    def bounds(self, scores: np.ndarray) -> Interval:
+        """AUROC with its interval."""
+        return share_interval(lambda w: self.score(scores, w), self.weights, self.units)
 
     def fit(self, X: np.ndarray) -> Fitted:
         """Held-out log-odds of a `LogisticProbe`, and beside them those at the temperature, and the threshold's verdict."""
@@ -174,9 +178,7 @@ class Classes(Task):
         calibrated, positive = found.curves["calibrated"], found.curves["told"]
         own = found.figures
         right = positive == self.y
-        accuracy = interval(
-            lambda w: balanced_accuracy(right, self.y, w), self.weights, units=self.units, low=0.0, high=1.0
-        )
+        accuracy = share_interval(lambda w: balanced_accuracy(right, self.y, w), self.weights, self.units)
         for name, it in (("auroc", self.bounds(found.scores)), ("balanced_accuracy", accuracy)):
             own[name], own[f"{name}_low"], own[f"{name}_high"] = it.value, it.low, it.high
         before, after = calibration(found.scores, self.y), calibration(calibrated, self.y)
@@ -215,7 +217,6 @@ class Numbers(Task):
     """Numbers, by ridge regression."""
 
     value = "r2"
-    least = -1.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
