@@ -42,7 +42,7 @@ def block_ends(sizes: np.ndarray, cuts: tuple[float, ...] = CUTS) -> list[int]:
 
 
 def online_code(X: np.ndarray, y: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> Codelength:
-    """The online code of Voita and Titov (2020, arXiv 2003.12298, section 2.2.2), blocks being whole prompts.
+    """The online code of Voita and Titov (2020, arXiv 2003.12298), blocks being whole prompts.
 
     Prompts are shuffled. Blocks end after 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25, 50 and 100 % of the rows, rounded
     up to whole prompts; cuts that fall on the same prompt count once. The first block costs log₂ K bits a row, as does any

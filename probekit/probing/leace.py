@@ -17,16 +17,17 @@ class LeaceEraser(Saved, TransformerMixin, BaseEstimator):
     """LEACE: the least change of the features after which no linear probe can tell the concept on the rows of the fit.
 
     r(x) = x − W⁺ U Uᵀ W (x − μ), with W = Σ_xx^{−1/2} (pseudo-inverse) and U the left singular vectors of W Σ_xz whose
-    singular value exceeds `svd_tol` (Belrose et al. 2023, arXiv 2306.03819, theorem 4.3). z is one-hot for classes and a
-    column for numbers, each column standardised, since singular values have the unit of z. Covariances are divided by the
-    number of rows. If erasing would raise the total variance, the projection is mixed with the orthogonal one just as
-    far as keeps it, which erases as well. On fresh rows erasure is approximate, and probes that are not linear may still
-    succeed.
+    singular value exceeds `svd_tol` (Belrose et al. 2023, arXiv 2306.03819). z is one-hot for classes and a column for
+    numbers, each column standardised, since singular values have the unit of z. Covariances are divided by the number of
+    rows. Total variance never grows: where W whitens S = (1 − a) Σ_xx + a l I, erasing adds at most
+    (a l · rank − tr C (Cᵀ S⁻¹ C)⁻¹ Cᵀ) / (1 − a) ≤ 0 with C = Σ_xz. On fresh rows erasure is approximate, and probes that
+    are not linear may still succeed.
 
     Args:
         svd_tol: singular values up to this count as 0.
         shrinkage: weight of the multiple of the identity that Σ_xx is mixed with; "auto" is Ledoit and Wolf's. Any value
-            erases the concept; it decides how little else changes. (The released code shrinks by random matrix theory.)
+            erases the concept; it decides how little else changes. (The released code shrinks by random matrix theory,
+            and mixes in an orthogonal projection where variance would grow.)
 
     Attributes:
         mean_: μ, axis feature.
@@ -65,28 +66,7 @@ class LeaceEraser(Saved, TransformerMixin, BaseEstimator):
         left, singular, _ = np.linalg.svd(whiten @ cross, full_matrices=False)
         left = left[:, singular > self.svd_tol]
         self.removed_, self.read_ = unwhiten @ left, left.T @ whiten
-        self._keep_variance(covariance, cross)
         return self
-
-    def _keep_variance(self, covariance: np.ndarray, cross: np.ndarray) -> None:
-        """Mix with the orthogonal projection Q off the span of Σ_xz: of a P + (1 − a) Q the largest a that adds nothing."""
-        oblique = self.removed_ @ self.read_
-        gain = np.trace(oblique @ covariance @ oblique.T) - 2 * np.trace(oblique @ covariance)
-        if gain <= 0 or not self.removed_.size:
-            return
-        left, singular, _ = np.linalg.svd(cross, full_matrices=False)
-        left = left[:, singular > singular.max() * 1e-9]
-        away = left @ left.T - oblique  # P = I - oblique, Q = I - left leftᵀ: a P + (1-a) Q = P - (1-a) away
-        kept = np.eye(len(covariance)) - oblique
-        square = np.trace(away @ covariance @ away.T)
-        linear = -2 * np.trace(kept @ covariance @ away.T)
-        roots = np.roots([square, linear, gain])
-        inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and 0 <= r.real <= 1]
-        share = min(inside, default=1.0)
-        mixed = oblique + share * away
-        u, s, vt = np.linalg.svd(mixed)
-        rank = int((s > s.max() * 1e-9).sum())
-        self.removed_, self.read_ = u[:, :rank] * s[:rank], vt[:rank]
 
     def transform(self, X: Any) -> np.ndarray:
         """The rows without what a linear probe could tell of the concept."""
