@@ -115,7 +115,7 @@ class ConceptErasure(Collectable):
         for i, case in enumerate(cases):
             at = result.dataset.sel(case=case).dropna("layer", subset=["before_auroc"])
             claims = [f.claim for f in result.findings if f.where["case"] == case]
-            about = f"{result.about} {int(at['n_groups'].isel(layer=0))} prompts, {getattr(result.params, 'n_folds', 0)} folds. {ENDS}."
+            about = f"{result.about} {int(at['n_groups'].isel(layer=0))} prompts, {getattr(result.params, 'n_folds', 0)} folds."
             key = "erasure" if len(cases) == 1 else f"erasure_{i}"
             alt = "Held-out AUROC before erasure and after, of probes fitted again and to fresh prompts."
             if at.sizes["layer"] > 1:
@@ -126,7 +126,7 @@ class ConceptErasure(Collectable):
                     unit="1",
                     quantity="held-out AUROC",
                     reference=(0.5, "chance"),
-                    caption=f"Bands: {about}",
+                    caption=f"{about} Bands: {ENDS}.",
                     alt=alt,
                 )
                 continue
@@ -138,7 +138,7 @@ class ConceptErasure(Collectable):
                 unit="1",
                 quantity="held-out AUROC",
                 reference=(0.5, "chance"),
-                caption=f"Lines: {about}",
+                caption=f"{about} Lines: {ENDS}.",
                 alt=alt,
             )
         return figures

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .logistic import LogisticProbe, log_loss
+from .logistic import STRENGTHS, LogisticProbe, log_loss
 
 # Shares of the rows after which the probe is trained anew.
 CUTS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
+LEAST = 10  # prompts from which a penalty is chosen
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def online_code(X: np.ndarray, y: np.ndarray, groups: np.ndarray, *, seed: int =
     Prompts are shuffled. Blocks end after 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25, 50 and 100 % of the rows, rounded
     up to whole prompts; cuts that fall on the same prompt count once. The first block costs log₂ K bits a row, as does any
     block until the rows before it have both classes. A fresh `LogisticProbe` is trained before every other block, its
-    strength chosen among the prompts before the block, and its probabilities at the temperature of these.
+    strength chosen among the prompts before the block; with fewer than ten of them, which can choose nothing, the
+    strongest penalty is used.
 
     Args:
         X: rows, axes row, feature.
@@ -67,9 +69,9 @@ def online_code(X: np.ndarray, y: np.ndarray, groups: np.ndarray, *, seed: int =
         if len(np.unique(y[before])) < 2:
             cost = float(block.sum())  # log2 of 2 classes
         else:
-            probe = LogisticProbe(random_state=seed).fit(X[before], y[before], groups=groups[before])
-            scores = probe.decision_function(X[block]) / probe.temperature_
-            cost = log_loss(scores, y[block]) * int(block.sum()) / np.log(2)
+            Cs = STRENGTHS if start >= LEAST else STRENGTHS[:1]
+            probe = LogisticProbe(Cs=Cs, random_state=seed).fit(X[before], y[before], groups=groups[before])
+            cost = log_loss(probe.decision_function(X[block]), y[block]) * int(block.sum()) / np.log(2)
         bits.append(cost)
         blocks.append(int(block.sum()))
         start = end

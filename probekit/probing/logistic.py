@@ -69,7 +69,8 @@ class LogisticProbe(Saved, ClassifierMixin, BaseEstimator):
         C_: the value of C that was chosen.
         held_out_loss_: mean inner held-out log-loss in nats of each C; inf where it was not tried.
         temperature_: what the decision function is divided by for calibrated probabilities: it minimises the log-loss of
-            the inner held-out rows at C_ (Guo et al. 2017, arXiv 1706.04599); 1 where there were none.
+            the inner held-out rows at C_ (Guo et al. 2017, arXiv 1706.04599), with Platt's targets for two classes; 1 where
+            there were none.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -219,11 +220,25 @@ def log_loss(scores: np.ndarray, y: np.ndarray) -> float:
 
 
 def temperature(scores: np.ndarray, y: np.ndarray) -> float:
-    """The T in [0.05, 20] for which scores / T have the least log-loss; 1 without rows of two classes."""
+    """The T in [0.05, 20] for which scores / T have the least log-loss; 1 without rows of two classes.
+
+    For two classes against Platt's targets, (n₊ + 1) / (n₊ + 2) and 1 / (n₋ + 2) in place of 1 and 0: a few rows that happen
+    to be told apart do not make a probe certain.
+    """
     if len(np.unique(y)) < 2:
         return 1.0
-    found = minimize_scalar(lambda t: log_loss(scores * np.exp(-t), y), bounds=(-3.0, 3.0), method="bounded")
+    if scores.ndim == 1 or scores.shape[1] == 1:
+        margin, n = scores.ravel(), np.bincount(y, minlength=2)
+        target = np.where(y == 1, (n[1] + 1) / (n[1] + 2), 1 / (n[0] + 2))
+        found = minimize_scalar(_smoothed, bounds=(-3.0, 3.0), method="bounded", args=(margin, target))
+    else:
+        found = minimize_scalar(lambda t: log_loss(scores * np.exp(-t), y), bounds=(-3.0, 3.0), method="bounded")
     return float(np.exp(found.x))
+
+
+def _smoothed(log_t: float, margin: np.ndarray, target: np.ndarray) -> float:
+    scaled = margin * np.exp(-log_t)
+    return float((np.logaddexp(0, scaled) - target * scaled).mean())
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

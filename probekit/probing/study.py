@@ -151,7 +151,7 @@ class Sweep(Collectable):
         for label, name in (("bag of token ids", "bag"), ("token embedding", "embedding")):
             if label in values:
                 ends[label] = (float(at[f"{name}_low"]), float(at[f"{name}_high"]))
-        ends |= {label: (v, v) for label, v in values.items() if label not in ends}
+        ends |= {label: (np.nan, np.nan) for label in values if label not in ends}
         return plots.bars(
             values,
             intervals=ends,

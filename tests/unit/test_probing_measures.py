@@ -86,7 +86,9 @@ def test_temperature_undoes_a_factor() -> None:
     scores = rng.normal(size=40_000) * 2
     y = (rng.random(40_000) < expit(scores)).astype(int)
     assert temperature(3 * scores, y) == pytest.approx(3, rel=0.05)
-    assert temperature(scores, np.ones(40_000)) == 1.0
+    assert temperature(scores, np.ones(40_000, int)) == 1.0
+    few = temperature(np.array([-1.0, 1.0, 2.0, -2.0]), np.array([0, 1, 1, 0]))  # told apart, but only four
+    assert 0.5 < few < 1.5
     assert log_loss(np.array([np.log(3)]), np.array([1])) == pytest.approx(-np.log(0.75))
     assert log_loss(np.log([[1.0, 2, 1]]), np.array([1])) == pytest.approx(np.log(2))
 
@@ -115,8 +117,6 @@ def test_codelength_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes that say 3/4 for the true class: n₁ bits, then log₂(4/3) for each row after both classes were seen."""
 
     class Sure:
-        temperature_ = 2.0
-
         def __init__(self, **_: object) -> None:
             pass
 
@@ -125,7 +125,7 @@ def test_codelength_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             return self
 
         def decision_function(self, X: np.ndarray) -> np.ndarray:
-            return 2 * np.log(3) * X[:, 0]
+            return np.log(3) * X[:, 0]
 
     monkeypatch.setattr(codelength, "LogisticProbe", Sure)
     rng = np.random.default_rng(0)
