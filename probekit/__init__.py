@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .engine import Step as Step
     from .engine import share_tokenizer as share_tokenizer
     from .models import open_model as open_model
+    from .probing import collect as collect
     from .shifts import Shift as Shift
     from .shifts import shift as shift
     from .tuning import Pair as Pair
@@ -112,6 +113,7 @@ _WHERE = {
     "Written": "core",
     "branch": "api",
     "cache": "activation_cache",
+    "collect": "probing",
     "demo_texts": "demo",
     "difference_of_means": "effects",
     "effect": "effects",
@@ -134,7 +136,7 @@ _WHERE = {
     "token_card": "cards",
     "tune_pair": "tuning",
 }
-_MODULES = ("plots", "reduce", "sampling", "stats", "toys")
+_MODULES = ("plots", "probing", "reduce", "sampling", "stats", "toys")
 __all__ = ["__version__", *_WHERE]
 
 

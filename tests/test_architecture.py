@@ -43,7 +43,7 @@ PARTS: dict[str, May] = {
     "plots":       May("core",                                     "reporting"),  # a strip shows itself in a notebook
     "catalog":     May("core"),
     "backends":    May("core reduce"),
-    "analysis":    May("core",                                     "plots reporting phenomena"),  # types; discovery
+    "analysis":    May("core",                                     "plots reporting phenomena probing"),  # types; discovery
     "engine":      May("core reduce analysis _version"),
     "toys":        May("core reduce engine",                       "backends"),
     "phenomena":   May("core reduce plots stats methods sampling analysis"), # and never one another
@@ -52,6 +52,7 @@ PARTS: dict[str, May] = {
     "effects":     May("core reduce engine methods",               "models"),
     "writes":      May("core reduce engine",                       "models"),
     "shifts":      May("core reduce engine methods",               "models"),
+    "probing":     May("core reduce engine analysis stats plots batches _version", "models"),
     "models":      May("core catalog",                             "backends"),
     "batches":     May("core engine"),
     "api":         May("core analysis engine batches",                     "models catalog reporting"),
@@ -60,7 +61,7 @@ PARTS: dict[str, May] = {
     "token_command": May("cards models"),
     "app_command": May("core"),
     "cli":         May("__init__ core analysis api app_command batches catalog demo models texts reporting token_command tuning"),
-    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards effects toys tuning writes shifts"),
+    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards effects probing toys tuning writes shifts"),
     "__main__":    May("cli"),
     "_version":    May(),
 }

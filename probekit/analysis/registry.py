@@ -17,6 +17,8 @@ from probekit.core import InputError, unknown
 from .contract import Analysis
 
 _ANALYSES: dict[str, Analysis] = {}
+# Analyses of rows that a user collected: results load and show as others do, but nothing runs them by name.
+_COLLECTED = ("concept-erasure", "linear-probes", "linear-probes-of-numbers", "probe-steering")
 A = TypeVar("A", bound=type[Analysis])
 
 
@@ -62,6 +64,10 @@ def get_analysis(name: str) -> Analysis:
         UnknownName: there is none; close matches are suggested.
     """
     found = _ANALYSES.get(name) or analyses().get(name)
+    if found is None and name in _COLLECTED:
+        from probekit.probing.analyses import ANALYSES
+
+        found = ANALYSES[name]
     if found is None:
         raise unknown("analysis", name, analyses(), "`probekit list` shows them all.")
     return found
