@@ -68,7 +68,10 @@ if TYPE_CHECKING:
     from .effects import effect as effect
     from .engine import Step as Step
     from .engine import share_tokenizer as share_tokenizer
+    from .lenses import TrainedLens as TrainedLens
+    from .lenses import train_lens as train_lens
     from .models import open_model as open_model
+    from .reduce import open_lens as open_lens
     from .shifts import Shift as Shift
     from .shifts import shift as shift
     from .tuning import Pair as Pair
@@ -108,6 +111,7 @@ _WHERE = {
     "TokenBook": "cards",
     "TokenCard": "cards",
     "TokenCards": "cards",
+    "TrainedLens": "lenses",
     "Writes": "writes",
     "Written": "core",
     "branch": "api",
@@ -121,6 +125,7 @@ _WHERE = {
     "list_models": "api",
     "load_result": "analysis",
     "load_results": "analysis",
+    "open_lens": "reduce",
     "open_model": "models",
     "param": "analysis",
     "plan": "api",
@@ -132,9 +137,10 @@ _WHERE = {
     "shift": "shifts",
     "sublayer_writes": "writes",
     "token_card": "cards",
+    "train_lens": "lenses",
     "tune_pair": "tuning",
 }
-_MODULES = ("plots", "reduce", "sampling", "stats", "toys")
+_MODULES = ("lenses", "plots", "reduce", "sampling", "stats", "toys")
 __all__ = ["__version__", *_WHERE]
 
 
