@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from probekit.reduce import LensRef, open_lens
 
-from .train import LensTraining, TrainedLens, train_lens
+from .data import LensTraining
+from .train import TrainedLens, train_lens
 
 if TYPE_CHECKING:
     from .folder import export_lens, save_lens

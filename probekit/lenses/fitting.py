@@ -33,7 +33,8 @@ class LeastSquares:
     """
 
     def __init__(self, n_layers: int, d_model: int, device: torch.device) -> None:
-        n, exact = n_layers - 1, {"dtype": torch.float64, "device": device}
+        n = n_layers - 1
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.weight = torch.zeros((), **exact)
         self.means = torch.zeros(n_layers, d_model, **exact)
         self.squares = torch.zeros(n, d_model, d_model, **exact)

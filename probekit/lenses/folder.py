@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +74,7 @@ def save_lens(
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f".{WEIGHTS}.partial")
         (folder / MANIFEST).unlink(missing_ok=True)  # never a manifest beside another one's weights
-        os.replace(folder / f".{WEIGHTS}.partial", folder / WEIGHTS)
+        (folder / f".{WEIGHTS}.partial").replace(folder / WEIGHTS)
         manifest = {
             "file": FILE_KIND,
             "version": VERSION,
@@ -92,7 +91,7 @@ def save_lens(
         }
         part = folder / f".{MANIFEST}.partial"
         part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, folder / MANIFEST)
+        part.replace(folder / MANIFEST)
     except OSError as error:
         raise StoreError(f"Cannot write to {folder}: {error.strerror or error}. Choose another path.") from error
     return open_lens(folder)
@@ -217,7 +216,7 @@ class Checkpoint:
             self.part.mkdir(parents=True, exist_ok=True)
             (self.part / "about.json").write_text(json.dumps(self.about), encoding="utf-8")
             torch.save(dict(state), self.part / f"{STATE}.new")
-            os.replace(self.part / f"{STATE}.new", self.part / STATE)
+            (self.part / f"{STATE}.new").replace(self.part / STATE)
         except OSError as error:
             raise StoreError(f"Cannot write to {self.part}: {error.strerror or error}. Choose another path.") from error
 

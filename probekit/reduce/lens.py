@@ -257,5 +257,5 @@ def file_hash(path: Path) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _hashed(path: str, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
