@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,9 @@ def random_lens(folder: Path, n_layers: int, d_model: int, *, kind: Any = "tuned
     return save_lens(folder, kind, matrices, biases, model=named(n_layers, d_model))
 
 
-def published_tuned(folder: Path, n_layers: int, d_model: int, **config: Any) -> dict[str, torch.Tensor]:
+def published_tuned(
+    folder: Path, n_layers: int, d_model: int, claims: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, torch.Tensor]:
     """config.json and params.pt as AlignmentResearch/tuned-lens saves them; the state dict that was saved."""
     torch.manual_seed(1)
     translators = torch.nn.ModuleList([torch.nn.Linear(d_model, d_model) for _ in range(n_layers)])
@@ -51,7 +54,7 @@ def published_tuned(folder: Path, n_layers: int, d_model: int, **config: Any) ->
         "unembed_hash": "0" * 64,
         "lens_type": "linear_tuned_lens",
     }
-    (folder / "config.json").write_text(json.dumps(about | config))
+    (folder / "config.json").write_text(json.dumps(about | dict(claims)))
     return {k: v.detach() for k, v in translators.state_dict().items()}
 
 

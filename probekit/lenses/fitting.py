@@ -283,7 +283,10 @@ class Translators:
             for layer, where in enumerate(self.coordinates):
                 translated = where.translated(rows[layer], self.weights[layer], self.biases[layer])
                 loss = reading.loss(translated, final)
-                loss.backward()
+                own = self.weights[layer], self.biases[layer]
+                # Not backward(): that would leave gradients on the model's final norm.
+                for parameter, gradient in zip(own, torch.autograd.grad(loss, own), strict=True):
+                    parameter.grad = gradient
                 losses.append(float(loss.detach()))
         if not all(map(math.isfinite, losses)):
             raise InputError(

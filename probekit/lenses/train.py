@@ -194,7 +194,9 @@ class _Training:
                 self._fit()
             self.translators = self._begin(apart)
             self._keep()
-        self._train(self.translators)
+        if self.translators.done < self.settings.steps:
+            self._train(self.translators)
+            self._keep()
         matrices, biases, chosen = self._choose(self.translators, apart)
         self._save(matrices, biases, chosen)
         self.checkpoint.remove()

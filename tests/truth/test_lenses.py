@@ -113,8 +113,12 @@ def test_what_is_written_in_another_basis_is_read_by_the_trained_lens_only(recip
     tuned = run("logit-lens", model, fresh, lens=str(lens.folder))["logit-lens"]
     logit = run("logit-lens", model, fresh)["logit-lens"]
     limit = 0.02 if not recipe else 1.0
-    assert tuned["kl_nats"].mean("token").values[:-1].max() < limit < 3 < logit["kl_nats"].mean("token").values[:-1].min()
-    assert tuned["agreement"].values.min() > (0.98 if not recipe else 0.7) and logit["agreement"].values[:-1].max() < 0.2
+    assert (
+        tuned["kl_nats"].mean("token").values[:-1].max() < limit < 3 < logit["kl_nats"].mean("token").values[:-1].min()
+    )
+    assert (
+        tuned["agreement"].values.min() > (0.98 if not recipe else 0.7) and logit["agreement"].values[:-1].max() < 0.2
+    )
     assert (tuned["kl_nats"].values[-1] == 0).all()
     assert_close(tuned["entropy_nats"].values[-1], logit["entropy_nats"].values[-1])
     kl = lens.kl_nats
