@@ -26,6 +26,7 @@ class Selection:
         layer: the selected block; negative from the end.
         head: the selected head.
         by: the quantity that colours the spine; "" for the first.
+        lens: folder, file or hub id of the lens that reads; "" for the logit lens.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Selection:
     layer: int = -1
     head: int = 0
     by: str = ""
+    lens: str = ""
 
     def to_query(self) -> dict[str, str]:
         """The view as parameters of a URL; a text that is too long for one is left out."""
@@ -79,7 +81,14 @@ def from_query(query: Mapping[str, str], default_model: str) -> tuple[Selection,
         except ValueError:
             numbers[name] = default
             wrong.append(f"{name}={query[name]!r} is no number")
-    found = Selection(query.get("model") or default_model, text, prepared, by=query.get("by", ""), **numbers)
+    found = Selection(
+        query.get("model") or default_model,
+        text,
+        prepared,
+        by=query.get("by", ""),
+        lens=query.get("lens", ""),
+        **numbers,
+    )
     return found, f"This link could not be read in full: {'; '.join(wrong)}." if wrong else ""
 
 

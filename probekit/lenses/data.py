@@ -36,7 +36,7 @@ class LensTraining(Params):
     held_out: float = param(
         0.1, low=0.01, high=0.5, unit="share", help="Share of texts or stretches kept for the report"
     )
-    held_tokens: int = param(1024, low=8, high=1 << 24, unit="tokens", help="Most held-out tokens that are read")
+    held_tokens: int = param(768, low=8, high=1 << 24, unit="tokens", help="Most held-out tokens that are read")
     seed: int = param(0, low=0, high=2**31 - 1, help="Of the split, of the order and of the tokens drawn")
 
     @property
