@@ -69,7 +69,7 @@ PARTS: dict[str, May] = {
 # A library -> the only places that may name it, at whatever depth.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch":                 ("reduce", "backends", "toys/training", "toys/measures", "tuning/training",
-                              "lenses/fitting", "lenses/folder"),
+                              "lenses/fitting", "lenses/folder", "lenses/train"),
     "transformers":          ("backends/transformers", "backends/gguf", "backends/sentence_transformers"),
     "sentence_transformers": ("backends/sentence_transformers",),
     "transformer_lens":      ("backends/transformer_lens",),
