@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help=".txt or .jsonl to train on; texts that Python carries if left out")
     parser.add_argument("--texts", type=Path, help=".txt or .jsonl to read; others that Python carries if left out")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each text that are read")
-    parser.add_argument("--steps", type=int, default=48, help="updates of the training")
+    parser.add_argument("--steps", type=int, default=32, help="updates of the training")
     parser.add_argument("--fit-tokens", type=int, default=24_000, help="tokens of the least squares before it")
     parser.add_argument("--transfer", action="store_true", help="read with lenses of another model of the same sizes")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")

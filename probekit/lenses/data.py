@@ -26,7 +26,7 @@ class LensTraining(Params):
         choices=("regression", "sgd", "adam"),
         help="Least squares, then Adam in whitened coordinates; or from zero with the optimisers of arXiv 2303.08112",
     )
-    steps: int = param(48, low=0, high=1_000_000, unit="updates", help="Updates on the exact KL divergence")
+    steps: int = param(32, low=0, high=1_000_000, unit="updates", help="Updates on the exact KL divergence")
     tokens_per_step: int = param(32, low=1, high=1 << 20, unit="tokens", help="Tokens of an update, drawn at random")
     windows_per_step: int = param(2, low=1, high=4096, unit="windows", help="Windows that they are drawn from")
     window: int = param(128, low=8, high=131072, unit="tokens", help="Texts are cut into windows of this length")

@@ -126,6 +126,19 @@ def zero_coordinates(d_model: int, device: torch.device) -> Coordinates:
     return Coordinates(zero, none, none, torch.eye(d_model, device=device), 1.0)
 
 
+@dataclass(frozen=True)
+class Final:
+    """The model's own next-token distributions.
+
+    Args:
+        probs: axes row, vocab.
+        entropy: in nats; axis row.
+    """
+
+    probs: Tensor
+    entropy: Tensor
+
+
 class Reading:
     """Next-token distributions of translated rows, with a gradient.
 
@@ -145,22 +158,26 @@ class Reading:
             logits = logits + self.bias
         return self.unembed.finish(logits.float()).log_softmax(-1)
 
-    def loss(self, rows: Tensor, final: Tensor) -> Tensor:
-        """Mean over rows of KL(final ‖ reading), nats.
+    def final(self, rows: Tensor) -> Final:
+        """The model's own distribution, from rows that leave the last block; axes row, d_model."""
+        with torch.no_grad():
+            logprobs = self.logprobs(rows)
+            probs = logprobs.exp()
+            return Final(probs, -(probs * logprobs).sum(-1))
 
-        Args:
-            rows: translated rows; axes row, d_model.
-            final: the model's own log-probabilities; axes row, vocab.
-        """
-        return (final.exp() * (final - self.logprobs(rows))).sum(-1).mean()
+    def loss(self, rows: Tensor, final: Final) -> Tensor:
+        """Mean over rows of KL(final ‖ reading), nats; axes of `rows` row, d_model, translated."""
+        crossed = (final.probs * self.logprobs(rows)).sum(-1)
+        return (-final.entropy - crossed).mean()
 
-    def divergence(self, rows: Tensor, final: Tensor) -> float:
+    def divergence(self, rows: Tensor, final: Final) -> float:
         """The same as a number, without gradient, some rows at a time."""
         total = 0.0
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS):
                 some = slice(start, start + _ROWS)
-                total += float(self.loss(rows[some], final[some])) * len(rows[some])
+                part = Final(final.probs[some], final.entropy[some])
+                total += float(self.loss(rows[some], part)) * len(rows[some])
         return total / len(rows)
 
     def quiet_direction(self) -> Tensor:
@@ -193,11 +210,11 @@ class Apart:
 
     Args:
         rows: axes layer, token, d_model.
-        final: the model's own log-probabilities; axes token, vocab.
+        final: the model's own distributions.
     """
 
     rows: Tensor
-    final: Tensor
+    final: Final
 
 
 def fitted_coordinates(
@@ -275,8 +292,7 @@ class Translators:
         Raises:
             InputError: the loss is not finite; says what to change.
         """
-        with torch.no_grad():
-            final = reading.logprobs(rows[-1])
+        final = reading.final(rows[-1])
         losses = []
         self.optimiser.zero_grad(set_to_none=True)
         with torch.enable_grad():

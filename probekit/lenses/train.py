@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probekit._version import __version__
-from probekit.core import Batch, BosPolicy, CapabilityError, Capture, Forward
-from probekit.engine import Listener, Step, run_pass
+from probekit.core import Batch, BosPolicy, CapabilityError, Capture, Forward, PlanError
+from probekit.engine import Listener, Step, human, run_pass
+from probekit.engine.plan import HEADROOM, available_memory
 from probekit.reduce import Keep, LensRef, Readout
 
 from .data import LensTraining, Parts, split, windows_of
@@ -97,6 +98,7 @@ def train_lens(
     Raises:
         InputError: there is too little text, or an unfinished lens of other settings lies beside the folder.
         CapabilityError: the model does not show its unembedding.
+        PlanError: the matrices do not fit in memory; says what would be needed.
         StoreError: the folder holds something else, or cannot be written.
 
     Example:
@@ -106,6 +108,7 @@ def train_lens(
     settings = LensTraining.parse(params, "train-lens")
     assert isinstance(settings, LensTraining)
     opened = _opened(model)
+    _check_memory(opened, settings, memory_limit)
     parts = split(windows_of(opened, texts, bos, settings), settings)
     if hasattr(opened, "load"):
         opened.load()
@@ -126,6 +129,18 @@ def _opened(model: Any) -> Any:
             "a decoder of two blocks or more."
         )
     return opened
+
+
+def _check_memory(model: Any, settings: LensTraining, limit: int | None) -> None:
+    """Sums in float64, and matrices with gradients and the optimiser's means in float32; on a CPU."""
+    info, numbers = model.info, {"regression": 10, "sgd": 3, "adam": 5}[settings.recipe]
+    need = 4 * numbers * (info.n_layers - 1) * info.d_model**2
+    available = limit if limit is not None else int(available_memory() * HEADROOM)
+    if need > available and info.device == "cpu":
+        raise PlanError(
+            f"Training a lens of {info.name!r} by the recipe {settings.recipe!r} needs about {human(need)} above the loaded "
+            f"model, and {human(available)} are available. Raise the memory limit, or take recipe='sgd', which needs least."
+        )
 
 
 class _Teller:
@@ -163,7 +178,6 @@ class _Training:
     def __init__(
         self, model: Any, parts: Parts, settings: LensTraining, folder: Path, limit: int | None, tell: _Teller
     ) -> None:
-
         from .fitting import LeastSquares, Reading
         from .folder import Checkpoint
 
@@ -178,7 +192,8 @@ class _Training:
             **settings.as_dict(),
         }
         self.checkpoint = Checkpoint(folder, about)
-        self.sums = LeastSquares(info.n_layers, info.d_model, self.device)
+        if settings.recipe == "regression":
+            self.sums = LeastSquares(info.n_layers, info.d_model, self.device)
         self.fitted_windows, self.losses = 0, list[list[float]]()
         self.translators: Translators | None = None
         self._kept = time.monotonic()
@@ -192,6 +207,7 @@ class _Training:
         if self.translators is None:
             if self.settings.recipe == "regression":
                 self._fit()
+                self._keep()
             self.translators = self._begin(apart)
             self._keep()
         if self.translators.done < self.settings.steps:
@@ -223,8 +239,7 @@ class _Training:
         windows = [self.parts.apart[i] for i in rng.permutation(len(self.parts.apart))[:TOGETHER]]
         rows = self._rows(windows)
         rows = rows[:, torch.as_tensor(np.sort(rng.permutation(rows.shape[1])[:APART]))]
-        with torch.no_grad():
-            return Apart(rows, self.reading.logprobs(rows[-1]))
+        return Apart(rows, self.reading.final(rows[-1]))
 
     def _fit(self) -> None:
         """Take training windows into the sums, in a random order."""
@@ -334,9 +349,9 @@ class _Training:
             "losses": self.losses,
             "seconds": self.seconds + time.monotonic() - self.began,
         }
-        if self.translators is None:
+        if self.translators is None and self.settings.recipe == "regression":
             state["sums"] = self.sums.state()
-        else:
+        elif self.translators is not None:
             state["translators"] = self.translators.state()
         self.checkpoint.write(state)
         self._kept = time.monotonic()
@@ -347,6 +362,7 @@ class _Training:
         self.fitted_windows, self.losses, self.seconds = state["fitted_windows"], state["losses"], state["seconds"]
         if "sums" in state:
             self.sums.restore(state["sums"])
+        if "translators" not in state:
             return
         kept, s = state["translators"], self.settings
         coordinates = [

@@ -15,7 +15,7 @@ from helpers import copy_of, texts_of, tiny_model, words_tokenizer
 import probekit as pk
 from probekit.backends.transformers import TransformersModel
 from probekit.cli import cli
-from probekit.core import Batch, Cancelled, CapabilityError, InputError, StoreError
+from probekit.core import Batch, Cancelled, CapabilityError, InputError, PlanError, StoreError
 from probekit.lenses import fitting, train
 from probekit.lenses.data import LensTraining, split, windows_of
 from probekit.lenses.fitting import Coordinates, LeastSquares, Reading, Translators, zero_coordinates
@@ -150,6 +150,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         train_here(tmp_path / "taken")
     with pytest.raises(CapabilityError, match="cannot have a tuned lens"):
         pk.train_lens(_Encoder(), WORDS, tmp_path / "a")
+    with pytest.raises(PlanError, match="by the recipe 'regression' needs about 80 KiB"):
+        train_here(tmp_path / "a", memory_limit=10_000)
     with pytest.raises(InputError, match="Training diverged at step"):
         _diverge()
 
@@ -219,7 +221,7 @@ def test_the_quiet_direction_is_read_least(kind: str) -> None:
         assert abs(float(quiet.sum())) < 1e-3
     fixed = 1000.0  # long enough that only the direction is left
     with torch.no_grad():
-        final = reading.logprobs(rows)
+        final = reading.final(rows)
         spread = [float(reading.logprobs(rows * 0 + fixed * u / u.norm()).exp().var()) for u in others.T]
         assert float(reading.logprobs(rows * 0 + fixed * quiet).exp().var()) < min(spread)
     assert reading.divergence(rows, final) == pytest.approx(0.0, abs=1e-6)
