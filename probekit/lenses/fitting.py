@@ -43,12 +43,15 @@ class LeastSquares:
     def add(self, rows: Tensor) -> None:
         """Take in some tokens; axes layer, token, d_model."""
         weights = 1 / rows[-1].double().square().mean(-1).clamp(min=1e-30)
-        scaled = (rows.double() * weights.sqrt()[:, None]).float()
+        roots = weights.sqrt().float()
         self.weight += weights.sum()
-        self.means += torch.einsum("ltd,t->ld", rows.double(), weights)
-        for layer in range(len(self.squares)):
-            self.squares[layer] += scaled[layer].T @ scaled[layer]
-            self.crossed[layer] += scaled[layer].T @ scaled[-1]
+        final = rows[-1] * roots[:, None]
+        for layer, own in enumerate(rows[:-1]):  # products are float32, of one chunk; only their sums are float64
+            scaled = own * roots[:, None]
+            self.means[layer] += roots @ scaled
+            self.squares[layer] += scaled.T @ scaled
+            self.crossed[layer] += scaled.T @ final
+        self.means[-1] += roots @ final
 
     def spread(self, layer: int) -> tuple[Tensor, Tensor]:
         """Mean (d_model) and covariance (d_model, d_model) of a layer's rows."""
