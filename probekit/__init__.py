@@ -68,8 +68,11 @@ if TYPE_CHECKING:
     from .effects import effect as effect
     from .engine import Step as Step
     from .engine import share_tokenizer as share_tokenizer
+    from .lenses import TrainedLens as TrainedLens
+    from .lenses import train_lens as train_lens
     from .models import open_model as open_model
     from .probing import collect as collect
+    from .reduce import open_lens as open_lens
     from .shifts import Shift as Shift
     from .shifts import shift as shift
     from .tuning import Pair as Pair
@@ -109,6 +112,7 @@ _WHERE = {
     "TokenBook": "cards",
     "TokenCard": "cards",
     "TokenCards": "cards",
+    "TrainedLens": "lenses",
     "Writes": "writes",
     "Written": "core",
     "branch": "api",
@@ -123,6 +127,7 @@ _WHERE = {
     "list_models": "api",
     "load_result": "analysis",
     "load_results": "analysis",
+    "open_lens": "reduce",
     "open_model": "models",
     "param": "analysis",
     "plan": "api",
@@ -134,9 +139,10 @@ _WHERE = {
     "shift": "shifts",
     "sublayer_writes": "writes",
     "token_card": "cards",
+    "train_lens": "lenses",
     "tune_pair": "tuning",
 }
-_MODULES = ("plots", "probing", "reduce", "sampling", "stats", "toys")
+_MODULES = ("lenses", "plots", "probing", "reduce", "sampling", "stats", "toys")
 __all__ = ["__version__", *_WHERE]
 
 

@@ -1,4 +1,4 @@
-"""The command line: app, demo, list, models, run, token, tune-pair."""
+"""The command line: app, demo, list, models, run, token, train-lens, tune-pair."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from probekit import __version__
 from probekit.analysis import Analysis, ParamSpec, analyses, get_analyses, load_file, strongest
 from probekit.app_command import app_command
 from probekit.core import Batch, Chat, InputError, ProbekitError
+from probekit.lens_command import lens_command
 from probekit.token_command import token_command
 
 DEMO_FOLDER = Path("reports/demo")
@@ -390,8 +391,8 @@ def demo_command(out: Path) -> None:
     _execute(("all",), None, demo_texts(), out, False, "model", None, None, {})
 
 
-cli.add_command(token_command)
-cli.add_command(app_command)
+for _own in (token_command, app_command, lens_command):
+    cli.add_command(_own)
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ PARTS: dict[str, May] = {
     "stats":       May(),
     "texts":       May("core"),
     "demo":        May(),
-    "reduce":      May("core"),
+    "reduce":      May("core",                                     "catalog"),  # a lens by its id on the hub
     "methods":     May("core reduce stats"),  # shared by phenomena
     "sampling":    May("core analysis stats reduce plots"),
     "plots":       May("core",                                     "reporting"),  # a strip shows itself in a notebook
@@ -53,6 +53,7 @@ PARTS: dict[str, May] = {
     "writes":      May("core reduce engine",                       "models"),
     "shifts":      May("core reduce engine methods",               "models"),
     "probing":     May("core reduce engine analysis stats plots batches _version", "models"),
+    "lenses":      May("core reduce engine analysis _version",     "batches models texts"),
     "models":      May("core catalog",                             "backends"),
     "batches":     May("core engine"),
     "api":         May("core analysis engine batches",                     "models catalog reporting"),
@@ -60,14 +61,16 @@ PARTS: dict[str, May] = {
     "cards":       May("core analysis engine methods plots",       "models"),
     "token_command": May("cards models"),
     "app_command": May("core"),
-    "cli":         May("__init__ core analysis api app_command batches catalog demo models texts reporting token_command tuning"),
-    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards effects probing toys tuning writes shifts"),
+    "lens_command": May("core",                                     "lenses models"),
+    "cli":         May("__init__ core analysis api app_command batches catalog demo models texts reporting token_command lens_command tuning"),
+    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards effects lenses probing reduce toys tuning writes shifts"),
     "__main__":    May("cli"),
     "_version":    May(),
 }
 # A library -> the only places that may name it, at whatever depth.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch":                 ("reduce", "backends", "toys/training", "toys/measures", "tuning/training"),
+    "torch":                 ("reduce", "backends", "toys/training", "toys/measures", "tuning/training",
+                              "lenses/fitting", "lenses/folder", "lenses/train"),
     "transformers":          ("backends/transformers", "backends/gguf", "backends/sentence_transformers"),
     "sentence_transformers": ("backends/sentence_transformers",),
     "transformer_lens":      ("backends/transformer_lens",),
@@ -77,7 +80,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "huggingface_hub":       ("catalog",),
     "plotly":                ("plots",),
     "jinja2":                ("reporting",),
-    "click":                 ("cli", "app_command", "token_command"),
+    "click":                 ("cli", "app_command", "lens_command", "token_command"),
     "zarr":                  ("core/storage",),
     "streamlit":             (),
     "tests":                 (),

@@ -91,12 +91,18 @@ def quantities(seen: Seen) -> tuple[plots.Quantity, ...]:
     )
 
 
-def core_params(model: Any, text: str) -> dict[str, Any]:
-    """Parameters with which the core analyses fit a text that is shorter than they expect."""
+def core_params(model: Any, text: str, lens: str = "") -> dict[str, Any]:
+    """Parameters with which the core analyses fit a text that is shorter than they expect, and the lens that reads."""
     n = len(model.tokenize([text]).texts[0])
     usual = pk.get_analysis("attention-sinks").Params.specs()
     short = {"horizon": min(usual["horizon"].default, max(n, 4)), "tail": min(usual["tail"].default, max(n - 2, 0))}
-    return {"attention_sinks": {k: v for k, v in short.items() if v != usual[k].default}}
+    found = {"attention_sinks": {k: v for k, v in short.items() if v != usual[k].default}}
+    return found | ({"logit_lens": {"lens": lens}} if lens else {})
+
+
+def core_key(now: Selection) -> str:
+    """Everything that the first pass depends on."""
+    return key_of("core", now.model, now.text, *([now.lens] if now.lens else []))
 
 
 def model_picker() -> None:
@@ -235,13 +241,15 @@ def look() -> Seen | None:
         return None
 
     def do(tell: Any) -> pk.Results:
-        params = core_params(model, now.text)
+        params = core_params(model, now.text, now.lens)
         results = pk.run(list(CORE), model, now.text, progress=_timed(now.model, tell), **params)
         assert isinstance(results, pk.Results)
         return results
 
-    results = computed("core", "Reading the text", key_of("core", now.model, now.text), do, wait=True)
+    results = computed("core", "Reading the text", core_key(now), do, wait=True)
     if results is None:
+        if now.lens:
+            st.button("Back to the logit lens", on_click=lambda: select(lens=""), icon=":material/undo:")
         return None
     sizes = results["attention-sinks"].dataset.sizes
     return Seen(now.within(sizes["token"], sizes["layer"], sizes["head"]), model, results)

@@ -27,6 +27,7 @@ class Selection:
         layer: the selected block; negative from the end.
         head: the selected head.
         by: the quantity that colours the spine; "" for the first.
+        lens: folder, file or hub id of the lens that reads; "" for the logit lens.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Selection:
     layer: int = -1
     head: int = 0
     by: str = ""
+    lens: str = ""
 
     def to_query(self) -> dict[str, str]:
         """The view as parameters of a URL; of a text that is too long for one, its digest."""
@@ -102,7 +104,14 @@ def from_query(
         except ValueError:
             numbers[name] = default
             wrong.append(f"{name}={query[name]!r} is no number")
-    found = Selection(query.get("model") or default_model, text, prepared, by=query.get("by", ""), **numbers)
+    found = Selection(
+        query.get("model") or default_model,
+        text,
+        prepared,
+        by=query.get("by", ""),
+        lens=query.get("lens", ""),
+        **numbers,
+    )
     return found, f"This link could not be read in full: {'; '.join(wrong)}." if wrong else ""
 
 

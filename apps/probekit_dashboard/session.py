@@ -117,8 +117,10 @@ def selection() -> Selection:
 
 
 def select(**changes: Any) -> None:
-    """Change what this session looks at."""
-    st.session_state["selection"] = replace(selection(), **changes)
+    """Change what this session looks at; a lens stays behind with its model."""
+    now = selection()
+    own = {"lens": ""} if changes.get("model", now.model) != now.model else {}
+    st.session_state["selection"] = replace(now, **(own | changes))
 
 
 def write_url() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -85,6 +85,18 @@ class Analysis:
             TextError: says which text, what was found and what was expected.
         """
 
+    def check_model(self, params: Any, info: ModelInfo, weights_hash: Callable[[], str]) -> None:
+        """Refuse, before anything runs, a model that does not fit a parameter, such as a lens made for another one.
+
+        Args:
+            params: the parameters.
+            info: the model that is read.
+            weights_hash: its hash, "" if it has none; takes seconds for a large model, so it is asked for only if needed.
+
+        Raises:
+            InputError: says what was found and what was expected.
+        """
+
     def passes(self, params: Any, info: ModelInfo, batch: Batch) -> int:
         """About how many passes the conversation takes, for plans and progress bars."""
         return 1
@@ -105,6 +117,10 @@ class Analysis:
         """The whole conversation; override for more than one look at the model."""
         trace = yield self.observe(params, info)
         return self.compute(trace, params)
+
+    def heading(self, result: Result) -> str:
+        """What a result is called in a report; says more than `title` where a parameter changes what was measured."""
+        return self.title
 
     def findings(self, result: Result) -> list[Finding]:
         """Claims with their evidence, most important first."""

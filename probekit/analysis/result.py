@@ -90,7 +90,7 @@ class Result:
             for n, a in self.dataset.data_vars.items()
         )
         return (
-            f"<h3>{html.escape(self.analysis.title)}</h3>{findings_html(self.findings)}"
+            f"<h3>{html.escape(self.analysis.heading(self))}</h3>{findings_html(self.findings)}"
             f"<p>variables of <code>.dataset</code>: {variables}</p>"
         )
 

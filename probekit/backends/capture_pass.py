@@ -31,6 +31,7 @@ from probekit.core import (
 from probekit.reduce import AtPosition, NextToken, Partial, Recorder, Reducer, Rows
 from probekit.reduce.attention_blocks import AttentionBlock
 from probekit.reduce.base import rows_at
+from probekit.reduce.lens_files import by_lens, translation
 from probekit.reduce.unembed import Unembed
 from probekit.reduce.vocab_rows import project, stream_readout
 from probekit.reduce.vocab_tiles import stream_readout_tiles
@@ -325,17 +326,20 @@ class CapturePass:
     ) -> None:
         if not (lens or own):
             return
-        rows, tell = residuals[last], self.progress
+        device, tell = residuals[last].device, self.progress
         row_work = 2e-9 * self.info.d_model * self.info.d_vocab
-        (stream_readout if rows.device.type == "cpu" else stream_readout_tiles)(
-            residuals,
-            last,
-            torch.as_tensor(self.batch.next_ids, device=rows.device),
-            self._unembed,
-            lens,
-            own,
-            None if tell is None else (lambda n_rows: tell(row_work * n_rows)),
-        )
+        for which, some in (by_lens(lens) or {None: []}).items():
+            (stream_readout if device.type == "cpu" else stream_readout_tiles)(
+                residuals,
+                last,
+                torch.as_tensor(self.batch.next_ids, device=device),
+                self._unembed,
+                some,
+                own,
+                None if tell is None else (lambda n_rows: tell(row_work * n_rows)),
+                translate=translation(which, device),
+            )
+            own = []
 
 
 def require_forward(request: Request, name: str) -> Forward:

@@ -27,6 +27,7 @@ from probekit.core import (
 )
 from probekit.reduce import BlockRows, Partial, Recorder, Reducer, Rows, ValueRows
 from probekit.reduce.attention_blocks import AttentionBlock
+from probekit.reduce.lens_files import by_lens, translation
 from probekit.reduce.vocab_rows import project, stream_readout
 
 from .continuations import Done, There, Writing
@@ -229,14 +230,12 @@ class ScriptedModel:
                     recorder.rows(layer, BlockRows(before[layer], after[layer], mlp[layer], batch.lengths))
         vocab = [r for r in recorders if r.reducer.reads == "vocab"]
         if vocab:
-            stream_readout(
-                dict(enumerate(resid)),
-                last,
-                torch.as_tensor(batch.next_ids),
-                self,
-                [r for r in vocab if r.point.site == "resid_post"],
-                [r for r in vocab if r.point.site == "logits"],
-            )
+            own = [r for r in vocab if r.point.site == "logits"]
+            lens = by_lens([r for r in vocab if r.point.site == "resid_post"]) or {None: []}
+            for which, some in lens.items():
+                ids, translate = torch.as_tensor(batch.next_ids), translation(which, resid.device)
+                stream_readout(dict(enumerate(resid)), last, ids, self, some, own, translate=translate)
+                own = []
         direct = [r for r in recorders if r.reducer.reads == "direct"]
         if direct:
             logits = project(resid[last], self, torch.empty(len(resid[last]), self.info.d_vocab))

@@ -2,6 +2,7 @@
 
 from .cache import cache_dir, materialise, model_folder, read_manifest, sha256_of
 from .entries import CAPABILITIES, CATALOGUE, DEFAULT_MODEL, Entry, Kind
+from .hub import fetch_lens
 from .listing import Listed, listing
 from .progress import say, size_text
 from .source import Source, fetch, folder_kind, resolve
@@ -16,6 +17,7 @@ __all__ = [
     "Source",
     "cache_dir",
     "fetch",
+    "fetch_lens",
     "folder_kind",
     "listing",
     "materialise",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from probekit.core import ModelError, ModelNotFound
+from probekit.core import InputError, ModelError, ModelNotFound
 
 from .entries import DEFAULT_MODEL
 
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _FALLBACK = ["pytorch_model*.bin"]
+_LENS = re.compile(r"(spaces/)?([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::(.+))?")
+_LENS_FILES = ["lens.json", "lens.safetensors", "config.json", "params.pt"]
 _UNWANTED = ["onnx/*", "openvino/*", "original/*", "consolidated*", "*.onnx", "*.msgpack", "*.h5"]
 
 
@@ -31,14 +34,43 @@ def fetch_hub(hub_id: str, revision: str = "") -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _snapshot(hub_id: str, revision: str, patterns: list[str]) -> Path:
+def fetch_lens(spec: str) -> Path:
+    """The local folder or file of a lens on the hub; cached files are not fetched again.
+
+    Args:
+        spec: `owner/name`, `owner/name@revision`, and either with `:path/inside`; `spaces/owner/name…` for a space.
+
+    Raises:
+        InputError: it is not spelt like that, or the repository has no lens at this path.
+        ModelNotFound: no such repository or revision, or the hub is out of reach and the lens not cached.
+        ModelError: the repository is gated.
+    """
+    found = _LENS.fullmatch(spec)
+    if found is None:
+        raise InputError(
+            f"There is no lens {spec!r}: no file or folder has this name here, and ids on the hub look like owner/name, "
+            "owner/name@revision or owner/name:path/inside; a published tuned lens is tuned-lens:MODEL."
+        )
+    space, hub_id, revision, inside = found.groups()
+    path = (inside or "").strip("/")
+    wanted = [f"{path}/{name}" if path else name for name in _LENS_FILES]
+    folder = _snapshot(
+        hub_id, revision or "", [path] if path.endswith(".pt") else wanted, "space" if space else "model"
+    )
+    there = folder / path
+    if not there.exists():
+        raise InputError(f"{hub_id!r} on the hub has no lens at {path or 'its top'!r}. Its page lists its files.")
+    return there
+
+
+def _snapshot(hub_id: str, revision: str, patterns: list[str], kind: str = "model") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     failures: Any = HfHubHTTPError.__bases__  # OSError, and the base error of the HTTP library below the hub's
     try:
         folder = snapshot_download(
-            hub_id, revision=revision or None, allow_patterns=patterns, ignore_patterns=_UNWANTED
+            hub_id, repo_type=kind, revision=revision or None, allow_patterns=patterns, ignore_patterns=_UNWANTED
         )
     except failures as error:
         _explain(hub_id, revision, error)

@@ -207,6 +207,7 @@ def _pass_bytes(request: Forward, lengths: Sequence[int], info: ModelInfo) -> in
         need += n * width * info.d_model * len(held | {0})
         rows = min(ROWS, min(n, TOKENS) * len(held | {0})) + min(n, TOKENS)
         need += 4 * info.d_vocab * (rows + 64)
+        need += sum(lens.memory_bytes for lens in {getattr(c.reducer, "lens", None) for c in request.captures} if lens)
     at_logits = [c.reducer for c in request.captures if c.point.site == "logits" and _reducer(c).reads == "rows"]
     if at_logits:
         need += 4 * (n_texts if all(isinstance(r, AtPosition) for r in at_logits) else n) * info.d_vocab

@@ -225,6 +225,8 @@ def run_jobs(
     check_texts(jobs, batch, model.info.context_length)
     models = {"model": model, **(others or {})}
     check_roles(jobs, models)
+    for job in jobs:
+        job.analysis.check_model(job.params, model.info, lambda: str(model.provenance().get("weights_hash", "")))
     plans: dict[Plan, Plan] = {}
 
     def serve(request: Forward) -> Trace:

@@ -1,7 +1,8 @@
-"""Logit lens: what each layer would predict if the model stopped there."""
+"""What each layer would predict if the model stopped there, read by the logit lens or by a trained one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import xarray as xr
 from probekit import plots
 from probekit.analysis import Analysis, Finding, Measure, Params, Result, param, register
 from probekit.core import Capture, Forward, ModelInfo, Trace
-from probekit.reduce import Readout
+from probekit.reduce import LensRef, Readout, open_lens
 from probekit.stats import text_mean, token_mean, units
 
 
@@ -20,6 +21,20 @@ class LensParams(Params):
 
     top_k: int = param(10, low=1, high=100, unit="tokens", help="Predictions kept for each layer and position")
     shown_tokens: int = param(64, low=1, high=2000, unit="tokens", help="Tokens of each text's start in the heatmap")
+    lens: str = param(
+        "", help="Folder, file or hub id of the tuned or Jacobian lens that reads; empty for the logit lens"
+    )
+    lens_transfer: bool = param(False, help="Read with a lens that was made for another model of the same sizes")
+
+    @property
+    def reader(self) -> LensRef | None:
+        """The lens that reads; None for the logit lens."""
+        return open_lens(self.lens) if self.lens else None
+
+    @property
+    def capture(self) -> Capture:
+        """The readout of every layer."""
+        return Capture("resid_post", Readout(self.top_k, self.reader))
 
 
 @register
@@ -31,8 +46,10 @@ class LogitLens(Analysis):
         final prediction stay?
 
     Method:
-        The residual stream after each block goes through the model's own final norm and unembedding;
-        weights are raw. Per layer and token: top-k, entropy, log-probability and rank of the token
+        The residual stream h after each block goes through the model's own final norm and unembedding;
+        weights are raw. With `lens`, a trained one translates h first: a tuned lens to h + A h + b, with A
+        and b trained to bring the reading close to the final distribution; a Jacobian lens to J h, with J
+        the mean derivative of the final stream with respect to h. Per layer and token: top-k, entropy, log-probability and rank of the token
         that really follows, KL(final ‖ layer), all normalised over the full vocabulary in float32.
         The last layer is the model itself. `settled_layer` is the first layer from which the
         likeliest token is the final one in every later layer. Position 0 is part of all token means.
@@ -45,12 +62,16 @@ class LogitLens(Analysis):
 
     Known failure modes:
         The lens assumes that every layer writes in the final basis. In many models early and middle
-        layers do not, and the lens is worse than a uniform guess there; that says nothing about what
-        these layers know (a tuned lens does). Massive activations dominate the norm at position 0.
+        layers do not, and the logit lens is worse than a uniform guess there; that says nothing about what
+        these layers know. A tuned lens is trained on some texts: it may read less well on others, and what
+        it reads early is what can be had linearly, not what the model uses. Massive activations dominate
+        the norm at position 0.
 
     References:
         nostalgebraist 2020, interpreting GPT: the logit lens.
         Belrose et al. 2023, Eliciting Latent Predictions with the Tuned Lens, arXiv 2303.08112.
+        Gurnee et al. 2026, Verbalizable Representations Form a Global Workspace in Language Models,
+        Transformer Circuits Thread: the Jacobian lens (not checked against the paper's text).
     """
 
     name = "logit-lens"
@@ -73,11 +94,18 @@ class LogitLens(Analysis):
 
     def observe(self, params: LensParams, info: ModelInfo) -> Forward:
         """The readout of every layer."""
-        return Forward((Capture("resid_post", Readout(params.top_k)),))
+        if (reader := params.reader) is not None:
+            reader.check_sizes(info)
+        return Forward((params.capture,))
+
+    def check_model(self, params: LensParams, info: ModelInfo, weights_hash: Callable[[], str]) -> None:
+        """A lens fits its own model."""
+        if (reader := params.reader) is not None:
+            reader.check_model(info, weights_hash, transfer=params.lens_transfer)
 
     def compute(self, trace: Trace, params: LensParams) -> xr.Dataset:
         """The lens' numbers, agreement and where predictions settle."""
-        seen = trace[Capture("resid_post", Readout(params.top_k))]
+        reader, seen = params.reader, trace[params.capture]
         best = seen["top_id"].isel(rank=0)
         same = best == best.isel(layer=-1)
         settled = same.isel(layer=slice(None, None, -1)).cumprod("layer").sum("layer")
@@ -87,7 +115,13 @@ class LogitLens(Analysis):
             "agreement": same.mean("token"),
             "agreement_null": ("layer", _chance(best.values)),
         }
-        return xr.Dataset(variables, attrs={"d_vocab": trace.info.d_vocab})
+        about = {"lens": reader.title, "lens_sha256": reader.digest, "lens_model": reader.model} if reader else {}
+        return xr.Dataset(variables, attrs={"d_vocab": trace.info.d_vocab, **about})
+
+    def heading(self, result: Result) -> str:
+        """Which lens reads."""
+        reader = _reader(result.dataset)
+        return reader[:1].upper() + reader[1:]
 
     def findings(self, result: Result) -> list[Finding]:
         """Where the lens becomes informative, where predictions settle, how early they agree."""
@@ -101,12 +135,12 @@ class LogitLens(Analysis):
         return [
             self._informative(result),
             Finding(
-                f"Predictions settle at block {settled.value:.1f} of {n_layers - 1} on average.",
+                f"Predictions{_by(data)} settle at block {settled.value:.1f} of {n_layers - 1} on average.",
                 settled.value, "layer", n_layers - 1.0, "decided only in the last block",
                 settled.ci95, settled.n, settled.n_unit,
             ),
             Finding(
-                f"After block {late} of {n_layers - 1} the lens names the final prediction "
+                f"After block {late} of {n_layers - 1} the {_reader(data)} names the final prediction "
                 f"for {agree.value:.0%} of tokens.",
                 agree.value, "share of tokens", chance, "paired with other positions' predictions",
                 agree.ci95, agree.n, agree.n_unit, {"layer": late},
@@ -125,10 +159,10 @@ class LogitLens(Analysis):
         if pooled == n_layers:
             claim = f"Even the last block is no better than a uniform guess ({uniform:.1f} nats)."
         elif pooled == 0:
-            claim = f"The lens beats a uniform guess ({uniform:.1f} nats) from the first block on."
+            claim = f"The {_reader(data)} beats a uniform guess ({uniform:.1f} nats) from the first block on."
         else:
             claim = (
-                f"The lens beats a uniform guess ({uniform:.1f} nats) only from block {pooled} on: "
+                f"The {_reader(data)} beats a uniform guess ({uniform:.1f} nats) only from block {pooled} on: "
                 f"in the last {1 - pooled / n_layers:.0%} of the depth."
             )
         return Finding(
@@ -140,22 +174,22 @@ class LogitLens(Analysis):
         """Curves over depth, the classic layer × token map, and the text by where it settles."""
         data = result.dataset
         informative, settled, agree = result.findings
-        uniform = -float(np.log(data.attrs["d_vocab"]))
+        uniform, about = -float(np.log(data.attrs["d_vocab"])), _about(result)
         return {
             "logprob": plots.lines(
                 {"log-probability of the next token": data["logprob_nats"].mean("token")},
                 title=informative.claim,
                 unit="nats",
                 reference=(uniform, f"uniform guess, {uniform:.1f}"),
-                caption=f"{result.about} Mean over tokens of ln p(token that follows), read after each block.",
+                caption=f"{about} Mean over tokens of ln p(token that follows), read after each block.",
                 alt="Mean log-probability of the next token against layer, with a uniform guess as a level line.",
             ),
             "kl": plots.lines(
                 {"KL(final ‖ layer)": data["kl_nats"].mean("token"), "entropy": data["entropy_nats"].mean("token")},
-                title="How far each layer's reading is from the final distribution",
+                title=f"How far each layer's reading{_by(data)} is from the final distribution",
                 unit="nats",
                 quantity="mean",
-                caption=f"{result.about} Means over tokens.",
+                caption=f"{about} Means over tokens.",
                 alt="Mean KL divergence to the final distribution and mean entropy against layer.",
             ),
             "agreement": plots.lines(
@@ -164,7 +198,7 @@ class LogitLens(Analysis):
                 unit="share of tokens",
                 quantity="agreement with the final prediction",
                 y_range=(0, 1),
-                caption=f"{result.about} Share of tokens whose likeliest next token is the final one.",
+                caption=f"{about} Share of tokens whose likeliest next token is the final one.",
                 alt="Agreement with the final prediction against layer, beside its permutation null.",
             ),
             "map": self._map(result),
@@ -178,12 +212,12 @@ class LogitLens(Analysis):
         hover = plots.next_words(data["top_id"], data["top_logprob"], data["vocab_str"], separator="\n")
         return plots.heatmap(
             data["entropy_nats"],
-            title="What each layer would say next (hover for the words)",
+            title=f"What each layer would say next{_by(data)} (hover for the words)",
             unit="nats",
             quantity="entropy",
             low=0.0,
             hover=hover,
-            caption=f"{result.about} The first {data.sizes['token']} tokens of text {first}; dark = undecided.",
+            caption=f"{_about(result)} The first {data.sizes['token']} tokens of text {first}; dark = undecided.",
             alt="Heatmap of the lens' entropy over layers and the first tokens; hover lists the likeliest tokens.",
         )
 
@@ -211,10 +245,23 @@ class LogitLens(Analysis):
                     "rank of the next token, last layer", "1", data["target_rank"].isel(layer=-1).values + 1, "log"
                 ),
             ),
-            caption=f"{result.about} The colour belongs to the position that predicts.",
+            caption=f"{_about(result)} The colour belongs to the position that predicts.",
             alt="The text, each token coloured by the layer at which the prediction of the next one is settled.",
             notes=tuple(f"next: {w}" for w in words.values),
         )
+
+
+def _reader(data: xr.Dataset) -> str:
+    return str(data.attrs.get("lens") or "logit lens")
+
+
+def _by(data: xr.Dataset) -> str:
+    return f" by the {data.attrs['lens']}" if data.attrs.get("lens") else ""
+
+
+def _about(result: Result) -> str:
+    """Model and corpus, and the lens if it is not the logit lens."""
+    return f"{result.about}{f' Read by the {_reader(result.dataset)}.' if result.dataset.attrs.get('lens') else ''}"
 
 
 def _chance(best: np.ndarray) -> list[float]:

@@ -3,6 +3,7 @@
 from .attention import AttentionStats, Maps, ReceivedWithin
 from .base import Field, Partial, Recorder, Reducer, Rows
 from .direct import DirectRows, LogitDirection, Pair, pair_ids
+from .lens import LensRef, open_lens
 from .local_attention import LocalAttention
 from .nucleus import Nucleus, Tempered
 from .positions import AtPosition, log_softmax, read_answers
@@ -20,6 +21,7 @@ __all__ = [
     "DirectRows",
     "Field",
     "Keep",
+    "LensRef",
     "LocalAttention",
     "LogitDirection",
     "Maps",
@@ -41,6 +43,7 @@ __all__ = [
     "TopMagnitudes",
     "ValueRows",
     "log_softmax",
+    "open_lens",
     "pair_ids",
     "read_answers",
 ]

@@ -1,4 +1,4 @@
-"""Reducers that read next-token distributions: the model's own, or a layer's through the logit lens."""
+"""Reducers that read next-token distributions: the model's own, or a layer's through a lens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Field, Reads, Reducer
+from .lens import LensRef
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +27,27 @@ _TOP_ID = Field(("token", "rank"), "1", "ids of the likeliest tokens")
 
 @dataclass(frozen=True)
 class Readout(Reducer):
-    """The logit lens' distribution, in a few numbers, normalised over the full vocabulary in float32.
+    """A lens' distribution, in a few numbers, normalised over the full vocabulary in float32.
 
     At `resid_post` it reads every layer through the final norm and the unembedding; the last layer
-    is then the model's own distribution. KL is KL(final ‖ layer), arXiv 2303.08112.
+    is then the model's own distribution. KL is KL(final ‖ layer), arXiv 2303.08112. The logit lens reads the
+    rows h as they are; a tuned lens reads h + A h + b, and a Jacobian lens J h, computed in float32 and rounded
+    to the type of the rows.
+
+    Args:
+        top_k: likeliest tokens that are kept.
+        lens: what stands between a layer and the final norm; None for the logit lens.
     """
 
     top_k: int = 10
+    lens: LensRef | None = None
     reads: ClassVar[Reads] = "vocab"
+
+    @property
+    def key(self) -> str:
+        """As of any reducer; a lens by its kind and the beginning of its hash."""
+        lens = "" if self.lens is None else f", lens={self.lens.kind}:{self.lens.digest[:12]}"
+        return f"readout(top_k={self.top_k}{lens})"
 
     def fields(self) -> Mapping[str, Field]:
         """`entropy_nats`, `logprob_nats`, `target_rank`, `kl_nats`, `top_logprob`, `top_id`."""

@@ -13,6 +13,8 @@ from .base import Recorder
 from .sizes import ROWS, RUN, STRIP, TOKENS, VOCAB_TILE
 from .unembed import Unembed
 
+Translate = Callable[[int, Tensor], Tensor]  # what a lens makes of the rows that leave a block, given its number
+
 
 @dataclass(frozen=True)
 class VocabRows:
@@ -158,6 +160,8 @@ def stream_readout(
     layered: Sequence[Recorder],
     final_only: Sequence[Recorder],
     progress: Callable[[int], None] | None = None,
+    *,
+    translate: Translate | None = None,
 ) -> None:
     """Read next-token distributions from residual rows, some layers and tokens at a time.
 
@@ -169,6 +173,7 @@ def stream_readout(
         layered: recorders of readouts at layers.
         final_only: recorders of the model's own distribution.
         progress: is told how many rows were read since the last call.
+        translate: what a lens makes of the rows that leave a block, given its number; nothing if None.
     """
     n_vocab, last = unembed.weight.shape[0], residuals[last_layer]
     wanted = sorted({layer for r in layered for layer in r.layers} - {last_layer})
@@ -182,7 +187,7 @@ def stream_readout(
         stop = min(start + TOKENS, len(targets))
         n, target, final = stop - start, targets[start:stop], None
         for some in _groups([last_layer, *wanted], n_rows // n):
-            rows = torch.cat([residuals[layer][start:stop] for layer in some])
+            rows = torch.cat([translated(translate, layer, residuals[layer][start:stop]) for layer in some])
             logits = project(rows, unembed, stacked[: len(rows)]).view(len(some), n, n_vocab)
             for layer, of_layer in zip(some, logits, strict=True):
                 if final is None:  # the last layer comes first: the others are compared with it
@@ -191,6 +196,11 @@ def stream_readout(
                     strips.layer(of_layer, final, target, start, layer, [r for r in layered if r.wants(layer)])
         if progress is not None:
             progress(n * (len(wanted) + 1))
+
+
+def translated(translate: Translate | None, layer: int, rows: Tensor) -> Tensor:
+    """What a lens makes of the rows that leave a block; the rows themselves without one."""
+    return rows if translate is None else translate(layer, rows)
 
 
 def _groups(layers: list[int], at_most: int) -> list[list[int]]:

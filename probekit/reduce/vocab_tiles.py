@@ -16,7 +16,7 @@ from torch import Tensor
 from .base import Recorder
 from .sizes import DEVICE_ROWS, DEVICE_TILE
 from .unembed import Unembed
-from .vocab_rows import stream_readout
+from .vocab_rows import Translate, stream_readout, translated
 
 
 @dataclass
@@ -183,6 +183,7 @@ def stream_readout_tiles(
     progress: Callable[[int], None] | None = None,
     *,
     compiled: bool = True,
+    translate: Translate | None = None,
 ) -> None:
     """As `probekit.reduce.vocab_rows.stream_readout`, tile by tile.
 
@@ -195,11 +196,12 @@ def stream_readout_tiles(
         final_only: recorders of the model's own distribution.
         progress: is told how many rows were read since the last call.
         compiled: fuse the reduction with torch.compile.
+        translate: as there.
     """
     whole = [r for r in (*layered, *final_only) if getattr(r.reducer, "whole_rows", False)]
     if whole:  # these sort or cut whole rows, which tiles do not hold
         some = [r for r in layered if r in whole], [r for r in final_only if r in whole]
-        stream_readout(residuals, last_layer, targets, unembed, *some)
+        stream_readout(residuals, last_layer, targets, unembed, *some, translate=translate)
         layered, final_only = [r for r in layered if r not in whole], [r for r in final_only if r not in whole]
     recorders = [*layered, *final_only]
     if not recorders:
@@ -219,7 +221,8 @@ def stream_readout_tiles(
         if wanted:
             final = (reader.normed(last), log_sum, own.entropy_nats)
             # All layers at once, so that each tile of the final distribution is computed once for all of them.
-            numbers, _ = reader.read(torch.stack([residuals[i][chunk] for i in wanted]), targets[chunk], final)
+            rows = torch.stack([translated(translate, i, residuals[i][chunk]) for i in wanted])
+            numbers, _ = reader.read(rows, targets[chunk], final)
             for recorder in layered:
                 here = [i for i in wanted if recorder.wants(i)]
                 if here:

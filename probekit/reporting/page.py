@@ -81,7 +81,8 @@ def _count(n: int, one: str, many: str = "") -> str:
 
 
 def _card(results: Results, finding: Any) -> dict[str, Any]:
-    title = results[finding.analysis].analysis.title if finding.analysis in results else finding.analysis
+    result = results.get(finding.analysis)
+    title = result.analysis.heading(result) if result else finding.analysis
     return finding_view(finding) | {"title": title}
 
 
@@ -90,7 +91,7 @@ def _section(result: Result) -> dict[str, Any]:
     drawings = [_drawing(f"{result.name}--{name}", d) for name, d in result.figures().items()]
     return {
         "name": result.name,
-        "title": analysis.title,
+        "title": printable(analysis.heading(result)),
         "summary": analysis.summary(),
         "open": [(h, prose(analysis.section(h))) for h in _OPEN_SECTIONS if analysis.section(h)],
         "folded": [(h, prose(analysis.section(h))) for h in _FOLDED_SECTIONS if analysis.section(h)],

@@ -216,6 +216,8 @@ def _bounds() -> list[Any]:
     cases = []
     for name in NAMES:
         for spec in analyses()[name].Params.specs().values():
+            if spec.type is str and not spec.choices:
+                continue  # names of files, such as that of a lens, have no bounds
             high = UNBOUNDED if spec.high is None else spec.high
             high = SOME if spec.type is int and high > MANY else high
             for value in spec.choices or (spec.low, high):

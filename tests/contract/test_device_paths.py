@@ -63,9 +63,9 @@ def test_the_backend_reads_by_tiles_on_an_accelerator(monkeypatch: pytest.Monkey
     expected = tiny.model.execute(request, batch)
     calls = []
 
-    def tiles(*args: Any) -> None:
+    def tiles(*args: Any, **how: Any) -> None:
         calls.append(1)
-        stream_readout_tiles(*args, compiled=False)
+        stream_readout_tiles(*args, compiled=False, **how)
 
     monkeypatch.setattr(capture_pass, "stream_readout", tiles)
     for ours, theirs in zip(tiny.model.execute(request, batch), expected, strict=True):

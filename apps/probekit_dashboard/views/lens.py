@@ -21,11 +21,13 @@ from probekit_dashboard.window import WIDEST, Columns, whole
 TITLE, ICON, PATH = "Lens", ":material/layers:", "lens"
 AT_ONCE = 512  # tokens up to which the writes of a text are worked out unasked
 MOST_WRITES = MOST_BYTES // 4  # bytes; more would push other results out
+_SAYS = "What attention and MLP write, below, is read without it."
 _VIEWS = {"words": "Words", "wide": "Wide", "all": "Whole text"}
 
 
 def body(seen: Seen) -> None:
-    """The grid, the selected cell, the way through the blocks, and what the block's parts write."""
+    """Which lens, the grid, the selected cell, the way through the blocks, and what the block's parts write."""
+    _which(seen)
     st.text(tables.lens_line(seen.lens, seen.tokens, seen.selection.token))
     _grid(seen)
     now = seen.selection
@@ -45,6 +47,43 @@ def body(seen: Seen) -> None:
             _written(seen, writes)
     with path:
         _path(seen, writes)
+
+
+def _which(seen: Seen) -> None:
+    """Choose the lens that reads; it belongs to the view that all pages share, and so to its link."""
+    now = seen.selection
+    names = list(dict.fromkeys(["", now.lens, *st.session_state.setdefault("lenses", [])]))
+    left, right = st.columns([5, 8], gap="medium", vertical_alignment="bottom")
+    chosen = left.selectbox(
+        "Lens", names, index=names.index(now.lens), accept_new_options=True, key=f"lens-which-{now.lens}",
+        format_func=lambda name: name or "Logit lens",
+        help="The logit lens, or a tuned or Jacobian lens: its folder, its .pt file, or its id on the Hugging Face hub "
+        "(owner/name:path). Type to enter one. `probekit train-lens` makes one of a text file.",
+    )  # fmt: skip
+    reader = seen.results["logit-lens"].dataset.attrs.get("lens")
+    if reader:
+        model = seen.results["logit-lens"].dataset.attrs.get("lens_model")
+        right.caption(f"Read by the {reader}{f', made for {model}' if model else ''}. {_SAYS}")
+    chosen = (chosen or "").strip()
+    if chosen != now.lens:
+        problem = fit_problem(chosen, seen.model)
+        if problem:
+            st.error(problem, icon=":material/error:")
+            return
+        if chosen:
+            st.session_state["lenses"] = list(dict.fromkeys([*st.session_state["lenses"], chosen]))
+        select(lens=chosen)
+        st.rerun()
+
+
+def fit_problem(lens: str, model: Any) -> str:
+    """Why a lens cannot read a model, as far as its sizes tell; "" if it can."""
+    try:
+        if lens:
+            pk.open_lens(lens).check_sizes(model.info)
+    except pk.ProbekitError as error:
+        return str(error)
+    return ""
 
 
 def _columns(seen: Seen, view: str) -> Columns:
@@ -105,7 +144,8 @@ def _about_grid(seen: Seen, quantity: tables.LensQuantity, columns: Columns, sho
     if not shown[0] <= seen.selection.layer <= shown[1]:
         said.append(f"The selected block {seen.selection.layer} is outside the range of blocks.")
     claim = next((f.claim for f in seen.results["logit-lens"].findings if "uniform guess" in f.claim), "")
-    said.append(f"Readouts of early blocks say little about what these blocks hold. {claim}")
+    early = "" if seen.selection.lens else "Readouts of early blocks say little about what these blocks hold. "
+    said.append(f"{early}{claim}")
     left.caption(" ".join(said))
     with right:
         export("lens-grid", code=_code(seen), result=seen.results["logit-lens"])
@@ -114,7 +154,7 @@ def _about_grid(seen: Seen, quantity: tables.LensQuantity, columns: Columns, sho
 def _code(seen: Seen) -> str:
     now = seen.selection
     then = f'result["entropy_nats"]                     # layer, token\nresult["top_id"].sel(layer={now.layer}).isel(token={now.token})'
-    return python_for("logit-lens", now, then=then)
+    return python_for("logit-lens", now, {"lens": now.lens} if now.lens else None, then=then)
 
 
 def _cell(seen: Seen) -> None:
@@ -183,7 +223,7 @@ def _path(seen: Seen, writes: pk.Writes | None) -> None:
         "Shown as", ["probability", "rank"], default="probability", key="lens-path", required=True
     )
     ids, layers = list(pins), seen.lens["layer"].values
-    if writes is not None and len(writes.layers) == len(layers):
+    if writes is not None and len(writes.layers) == len(layers) and not now.lens:
         path = writes.follow(now.token, ids)
         logprob, rank, missing = path["logprob_nats"].values, path["rank"].values.astype(float), ""
     else:
@@ -197,12 +237,17 @@ def _path(seen: Seen, writes: pk.Writes | None) -> None:
         curves, title=f"What the blocks expect after token {now.token}",
         unit="1", quantity=what if len(curves) > 1 else f"{what} of {labels[0]}",
         log_y=by == "rank", y_range=(0.0, 1.02) if by == "probability" else None,
-        caption=f"Read after each block by the model's final norm and unembedding.{missing}",
+        caption=f"Read after each block by {_reader(seen)}.{missing}",
         alt=f"Curves over blocks of the {by} of {len(ids)} tokens after token {now.token}.",
     )  # fmt: skip
-    code = _writes_code(seen, f"writes.follow({now.token}, {ids})")
+    code = _code(seen) if now.lens else _writes_code(seen, f"writes.follow({now.token}, {ids})")
     table = pd.DataFrame(values, index=pd.Index(layers, name="layer"), columns=labels).reset_index()
     _draw(figure, "lens-path-figure", code, table)
+
+
+def _reader(seen: Seen) -> str:
+    reader = seen.results["logit-lens"].dataset.attrs.get("lens")
+    return f"the {reader}" if reader else "the model's final norm and unembedding"
 
 
 def _unique(labels: list[str]) -> list[str]:
