@@ -53,8 +53,11 @@ def app_command(port: int, address: str, browser: bool) -> None:
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "streamlit", "run", str(script()), *flags]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if os.name == "posix":  # in the place of this process, so that whatever ends it ends the dashboard
+        os.execve(sys.executable, command, environment)
     try:
-        code = subprocess.call(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+        code = subprocess.call(command, env=environment)
     except KeyboardInterrupt:
         code = 0
     if code:

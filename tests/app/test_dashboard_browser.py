@@ -2,105 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from dashboard_reader import Reader, own
 
 pytest.importorskip("streamlit", reason="the dashboard needs streamlit: pip install 'probekit[app]'")
 pytestmark = pytest.mark.real
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 240_000  # ms; a busy machine with two cores
 HOSTILE = "<img src=x onerror=alert(1)> <script>alert(2)</script> \u202eright to left\u202c \U0001f52c\U0001f469‍\U0001f680 [a](javascript:alert(3)) `code` \x00 end"
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "probekit", "app", "--no-browser", "--port", str(port), "--address", "127.0.0.1"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "apps"), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True) as server:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{url}/_stcore/health", timeout=2).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the dashboard ended at its start"
-                time.sleep(0.5)
-        yield url
-        os.killpg(server.pid, 15)
-
-
-class Reader:
-    """One session in a browser of its own, with everything that its page complained about."""
-
-    def __init__(self, browser: Any, address: str) -> None:
-        self.address = address
-        self.page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
-        self.page.set_default_timeout(PATIENCE)
-        self.complaints: list[str] = []
-        # Opened at a page, streamlit itself first asks below that page for files that lie at the root.
-        self.page.on(
-            "console",
-            lambda m: self.complaints.append(m.text) if m.type == "error" and "404" not in m.text else None,
-        )
-        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on("dialog", lambda d: (self.complaints.append(f"dialog {d.message}"), d.dismiss()))
-        self.page.on("request", self._note)
-
-    def _note(self, request: Any) -> None:
-        if not request.url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:")):
-            self.complaints.append(f"asked for {request.url}")
-
-    def open(self, path: str = "") -> Reader:
-        """Open a page and wait until its text is there."""
-        self.page.goto(f"{self.address}/{path}")
-        self.page.locator(".pk-strip-token").first.wait_for()
-        self.settle()
-        return self
-
-    def settle(self) -> None:
-        """Wait until the script has run."""
-        self.page.wait_for_timeout(300)
-        self.page.locator("[data-testid=stStatusWidget]").wait_for(state="detached")
-        self.page.wait_for_timeout(200)
-
-    def token(self, i: int) -> Any:
-        """A token of the spine."""
-        return self.page.locator(f".pk-spine .pk-strip-token[data-i='{i}']").first
-
-    def selected(self) -> int:
-        """The token that is marked in the spine."""
-        return int(self.page.locator(".pk-spine [data-selected]").first.get_attribute("data-i"))
-
-    def errors(self) -> list[str]:
-        """Error boxes and tracebacks on the page."""
-        boxes = self.page.locator("[data-testid=stException], [data-testid=stAlertContentError]")
-        return boxes.all_inner_texts()
-
-
-@pytest.fixture
-def reader(browser: Any, address: str) -> Iterator[Reader]:
-    made = Reader(browser, address)
-    yield made
-    made.page.context.close()
-
-
-def own(text: str) -> str:
-    """A text as a link holds it."""
-    return base64.urlsafe_b64encode(zlib.compress(text.encode("utf-8", "surrogatepass"), 9)).decode()
 
 
 def test_it_opens_ready_and_asks_nothing_of_the_network(reader: Reader) -> None:
@@ -223,3 +134,57 @@ def test_two_sessions_get_their_own_results(browser: Any, address: str) -> None:
         assert who.page.locator(".pk-spine .pk-strip-body").inner_text().replace("\xa0", " ").strip() == text
         assert who.errors() == []
         who.page.context.close()
+
+
+def test_a_new_reader_is_led_from_a_prepared_text_to_what_it_shows(reader: Reader) -> None:
+    reader.open("?text=sinks&token=3")
+    reader.page.get_by_role("button", name="Show it").click()
+    reader.page.wait_for_url("**/sinks?**token=0*")
+    reader.settle()
+    assert "The sink of this text is token 0" in reader.page.locator("[data-testid=stMain]").inner_text()
+    assert reader.errors() == [] and reader.complaints == []
+
+
+def test_a_finding_opens_its_page_at_its_place(reader: Reader) -> None:
+    reader.open("?text=capital&layer=3")
+    finding = reader.page.locator("[data-testid=stHorizontalBlock]").filter(has_text="Block 11 writes it").last
+    finding.get_by_role("button", name="Show").click()
+    reader.page.wait_for_url("**/massive?**layer=11*")
+    reader.settle()
+    assert reader.errors() == []
+
+
+def test_the_model_writes_on_and_its_words_become_the_text(reader: Reader) -> None:
+    reader.open("?text=story")
+    reader.page.get_by_text("Let the model write on").last.click()
+    reader.page.get_by_role("button", name="Write", exact=True).click()
+    reader.page.wait_for_url("**own=*")
+    reader.settle()
+    start = "Once upon a time there was a lighthouse keeper who"
+    assert reader.text().replace("\n", "").startswith(start) and len(reader.text()) > len(start) + 40
+    assert reader.selected() == 10 and reader.errors() == []  # the first token that was written
+
+
+def test_a_model_named_to_do_harm_is_refused_in_plain_words(reader: Reader) -> None:
+    name = "![pixel](http://127.0.0.1:9/pixel.png)<img src=x onerror=alert(1)>"
+    reader.page.goto(f"{reader.address}/?model={quote(name)}&text=nothing{quote(name)}")
+    reader.page.get_by_text("Choose another model in the sidebar").wait_for()
+    assert reader.page.locator("[data-testid=stAlert] img, img[src='x'], img[src*=pixel]").count() == 0
+    assert any("pixel.png" in said for said in reader.errors()) and reader.complaints == []
+
+
+def test_a_text_of_twenty_thousand_characters_is_read_and_its_link_reopens_it(reader: Reader, browser: Any) -> None:
+    text = f"{HOSTILE} " + "=" * (20_000 - len(HOSTILE) - 1)
+    reader.open()
+    reader.page.get_by_text("Your own text").last.click()
+    box = reader.page.locator("[data-testid=stSidebar] textarea").first
+    box.fill(text.replace("\x00", ""))  # no keyboard types it
+    box.press("Control+Enter")
+    reader.page.get_by_role("button", name="Look at it").click()
+    reader.page.wait_for_url("**own=*")
+    reader.page.locator(".pk-spine .pk-strip-body").filter(has_text="onerror").wait_for()
+    reader.settle()
+    assert reader.errors() == [] and reader.complaints == []
+    other = Reader(browser, reader.address).open(reader.page.url.split("/", 3)[3])
+    assert other.text() == reader.text() and other.errors() == []
+    other.page.context.close()

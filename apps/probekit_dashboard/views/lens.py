@@ -15,6 +15,7 @@ from probekit_dashboard import look, tables
 from probekit_dashboard.components import Grid, grid
 from probekit_dashboard.export import export, python_for
 from probekit_dashboard.frame import Seen
+from probekit_dashboard.look import plain
 from probekit_dashboard.session import MOST_BYTES, awaited, computed, key_of, select, start
 from probekit_dashboard.window import WIDEST, Columns, whole
 
@@ -63,12 +64,12 @@ def _which(seen: Seen) -> None:
     reader = seen.results["logit-lens"].dataset.attrs.get("lens")
     if reader:
         model = seen.results["logit-lens"].dataset.attrs.get("lens_model")
-        right.caption(f"Read by the {reader}{f', made for {model}' if model else ''}. {_SAYS}")
+        right.caption(plain(f"Read by the {reader}{f', made for {model}' if model else ''}.") + f" {_SAYS}")
     chosen = (chosen or "").strip()
     if chosen != now.lens:
         problem = fit_problem(chosen, seen.model)
         if problem:
-            st.error(problem, icon=":material/error:")
+            st.error(plain(problem), icon=":material/error:")
             return
         if chosen:
             st.session_state["lenses"] = list(dict.fromkeys([*st.session_state["lenses"], chosen]))
