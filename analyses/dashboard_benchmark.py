@@ -157,8 +157,6 @@ def waiting(reader: Reader, model: Any, pairs: int) -> Case:
 def pages_of(reader: Reader, n_tokens: int) -> list[Case]:
     """Bytes of each page, and seconds of clicks, for the text that is open."""
     about = f"{n_tokens:,} tokens"
-    for title in PAGES:
-        reader.turn_to(title)
     rows = [Case(f"{title}, {about}", "nothing", 3.0, "MB", [reader.turn_to(title)]) for title in PAGES]
     reader.turn_to("Overview")
     clicks = [reader.click(10 + 7 * i) for i in range(CLICKS)]

@@ -13,7 +13,8 @@ def main() -> None:
     """One run of the script: the frame, then the page."""
     st.set_page_config(page_title="probekit", page_icon="🔬", layout="wide")
     st.markdown(
-        "<style>.block-container{padding-top:3.4rem;padding-bottom:2rem}</style>", unsafe_allow_html=True
+        "<style>.block-container{padding-top:3.4rem;padding-bottom:2rem}[data-testid=stStatusWidget]{display:none}</style>",
+        unsafe_allow_html=True,
     )  # a constant: no text of a user or model
     selection()
     sections = views.navigation()
