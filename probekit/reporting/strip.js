@@ -1,6 +1,6 @@
 // Draws one token strip into `root`. Tokens are untrusted: they reach the page through textContent only.
 // Options: `selected` (a token that is marked), `onSelect(i)` (a token was clicked, or Enter pressed on it), `picked`
-// (the quantity that is shown first) and `onPick(k)`.
+// (the quantity that is shown first) and `onPick(k)`. Returns `select(i)`, which marks another token.
 function probekitStrip(root, data, given) {
   "use strict";
   const options = given ?? {};
@@ -200,4 +200,14 @@ function probekitStrip(root, data, given) {
   root.classList.add("pk-strip");
   root.replaceChildren(bar, body, tip);
   pick(options.picked ?? 0);
+  let marked = options.selected;
+
+  function select(i) {
+    if (marked !== undefined) delete spans[marked].dataset.selected;
+    spans[current].tabIndex = -1;
+    marked = current = i;
+    spans[i].dataset.selected = "";
+    spans[i].tabIndex = 0;
+  }
+  return { select };
 }

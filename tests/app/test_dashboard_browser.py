@@ -33,6 +33,26 @@ def test_a_clicked_token_is_selected_kept_in_the_link_and_reopened(reader: Reade
     other.page.context.close()
 
 
+def test_a_click_moves_the_mark_and_keeps_the_rest_of_the_text_as_it_stands(reader: Reader) -> None:
+    reader.open("?text=list&token=2")
+    reader.token(0).evaluate("node => { node.kept = true }")
+    for token in (5, 9):
+        reader.token(token).click()
+        reader.page.locator(f".pk-spine [data-selected][data-i='{token}']").first.wait_for()
+        reader.settle()
+        assert reader.page.locator(".pk-spine .pk-strip-body [data-selected]").count() == 1
+        assert reader.page.locator(".pk-spine .pk-line-mark").first.get_attribute("x") == str(token)
+        assert f"{token}:" in reader.page.locator(".pk-spine .pk-line-label").first.inner_text()
+    assert reader.token(0).evaluate("node => node.kept")
+    reader.page.get_by_role("button", name="rank").first.click()
+    reader.page.wait_for_url("**by=rank*")
+    reader.settle()
+    assert (
+        reader.selected() == 9
+        and reader.page.get_by_role("button", name="rank").first.get_attribute("aria-pressed") == "true"
+    )
+
+
 @pytest.mark.parametrize(
     "page", ["lens", "sinks", "massive", "forks", "critical", "strange", "compare", "intervene", "runs"]
 )

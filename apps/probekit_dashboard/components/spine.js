@@ -2,30 +2,42 @@
 export default function (component) {
   const { data, parentElement, setTriggerValue } = component;
   const root = parentElement.querySelector(".pk-spine");
-  const old = root.querySelector(".pk-strip-body");
-  const scrolled = old ? old.scrollTop : null;
-  const focused = root.contains(parentElement.activeElement ?? document.activeElement);
+  root.probekitSelect = (i) => setTriggerValue("token", i);
+  root.probekitPick = (k) => setTriggerValue("by", data.strip.quantities[k].label);
+  const content = JSON.stringify([data.strip, data.picked, data.look, data.lines]);
+  if (root.probekitContent === content) {
+    for (const part of root.probekitParts) part.select(data.selected);
+  } else {
+    draw(root, data, root.contains(parentElement.activeElement ?? document.activeElement));
+    root.probekitContent = content;
+  }
+  const body = root.querySelector(".pk-strip-body");
+  const chosen = body.querySelector("[data-selected]");
+  if (chosen) {
+    const above = chosen.offsetTop - body.offsetTop - body.scrollTop;
+    if (above < 0 || above > body.clientHeight - 24) body.scrollTop += above - body.clientHeight / 2;
+  }
+}
+
+// Strip and timelines from nothing; where only another token is selected, what stands is kept.
+function draw(root, data, focused) {
+  const scrolled = root.querySelector(".pk-strip-body")?.scrollTop;
   const strip = document.createElement("div");
   const lines = document.createElement("div");
   lines.className = "pk-lines";
   root.replaceChildren(strip, lines);
   for (const [name, value] of Object.entries(data.look)) root.style.setProperty(name, value);
-  const select = (i) => setTriggerValue("token", i);
-  probekitStrip(strip, data.strip, {
+  const made = probekitStrip(strip, data.strip, {
     selected: data.selected,
     picked: data.picked,
-    onSelect: select,
-    onPick: (k) => setTriggerValue("by", data.strip.quantities[k].label),
+    onSelect: (i) => root.probekitSelect(i),
+    onPick: (k) => root.probekitPick(k),
   });
-  const body = strip.querySelector(".pk-strip-body");
-  const chosen = body.querySelector("[data-selected]");
-  if (scrolled !== null) body.scrollTop = scrolled;
-  if (chosen) {
-    const above = chosen.offsetTop - body.offsetTop - body.scrollTop;
-    if (above < 0 || above > body.clientHeight - 24) body.scrollTop += above - body.clientHeight / 2;
-    if (focused) chosen.focus({ preventScroll: true });
-  }
-  for (const line of data.lines) lines.append(timeline(line, data, select));
+  const drawn = data.lines.map((line) => timeline(line, data, (i) => root.probekitSelect(i)));
+  lines.append(...drawn.map((one) => one.box));
+  root.probekitParts = [made, ...drawn];
+  if (scrolled !== undefined) strip.querySelector(".pk-strip-body").scrollTop = scrolled;
+  if (focused) strip.querySelector("[data-selected]")?.focus({ preventScroll: true });
 }
 
 const NS = "http://www.w3.org/2000/svg";
@@ -66,7 +78,8 @@ function timeline(line, data, select) {
     const value = line.values[i];
     said.textContent = `${i}: ${data.strip.tokens[i].slice(0, 24)}  ${value === null ? "undefined" : value.toPrecision(3)}`;
   };
-  show(data.selected);
+  let selected = data.selected;
+  show(selected);
   svg.addEventListener("mousemove", (event) => {
     hover.setAttribute("x", at(event));
     hover.setAttribute("visibility", "visible");
@@ -74,9 +87,16 @@ function timeline(line, data, select) {
   });
   svg.addEventListener("mouseleave", () => {
     hover.setAttribute("visibility", "hidden");
-    show(data.selected);
+    show(selected);
   });
   svg.addEventListener("click", (event) => select(at(event)));
   box.append(label, svg);
-  return box;
+  return {
+    box,
+    select(i) {
+      selected = i;
+      mark.setAttribute("x", i);
+      show(i);
+    },
+  };
 }
