@@ -36,7 +36,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A dashboard that runs in a process of its own."""
     with socket.socket() as free:
