@@ -9,21 +9,16 @@ The dashboard runs as its readers run it, in a process of its own, and is driven
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 from capture_tables import Case, cost_table
 from corpora import python_texts
+from dashboard_server import server
 from dashboard_tables import DashboardBenchmark
 from playwright.sync_api import sync_playwright
 from timing import processor
@@ -37,27 +32,6 @@ PAGES = (
 )  # fmt: skip
 CLICKS = 7
 MB = 1e6
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """The dashboard in a process of its own; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "probekit", "app", "--no-browser", "--address", "127.0.0.1", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{url}/_stcore/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        try:
-            yield url
-        finally:
-            os.killpg(process.pid, 15)
 
 
 class Reader:

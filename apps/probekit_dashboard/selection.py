@@ -8,6 +8,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 from .prepared import PREPARED
 
@@ -44,13 +45,16 @@ class Selection:
         found = {k: str(v) for k, v in asdict(self).items() if k not in ("text", "prepared") and v != ""}
         if self.prepared:
             return found | {"text": self.prepared}
-        packed = base64.urlsafe_b64encode(zlib.compress(self.text.encode("utf-8", "surrogatepass"), 9)).decode()
-        return found | ({"own": packed} if len(packed) <= LONGEST_LINK else {"long": digest(self.text)})
+        return found | ({"own": self._packed} if self.link_holds_text else {"long": digest(self.text)})
 
     @property
     def link_holds_text(self) -> bool:
-        """Whether the text itself is in the link."""
-        return "long" not in self.to_query()
+        """Whether the text itself, or its name, is in the link."""
+        return bool(self.prepared) or len(self._packed) <= LONGEST_LINK
+
+    @cached_property
+    def _packed(self) -> str:
+        return base64.urlsafe_b64encode(zlib.compress(self.text.encode("utf-8", "surrogatepass"), 9)).decode()
 
     def within(self, n_tokens: int, n_layers: int, n_heads: int) -> Selection:
         """The selection moved to what there is."""

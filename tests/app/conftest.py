@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dashboard_reader import Reader
+
+from analyses.dashboard_server import server
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
@@ -39,22 +36,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A dashboard that runs in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "probekit", "app", "--no-browser", "--port", str(port), "--address", "127.0.0.1"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "apps"), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True) as server:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{url}/_stcore/health", timeout=2).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the dashboard ended at its start"
-                time.sleep(0.5)
+    with server({**os.environ, "PYTHONPATH": paths}) as url:
         yield url
-        os.killpg(server.pid, 15)
 
 
 @pytest.fixture
