@@ -1,0 +1,5 @@
+"""Analyses over a corpus of any size: shards, one Zarr store, statistics that add up, and going on after a kill."""
+
+from .run import stream
+
+__all__ = ["stream"]
