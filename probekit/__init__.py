@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .analysis import Params as Params
     from .analysis import Result as Result
     from .analysis import Results as Results
+    from .analysis import Statistic as Statistic
     from .analysis import get_analysis as get_analysis
     from .analysis import load_result as load_result
     from .analysis import load_results as load_results
@@ -71,6 +72,9 @@ if TYPE_CHECKING:
     from .models import open_model as open_model
     from .shifts import Shift as Shift
     from .shifts import shift as shift
+    from .streaming import StreamPlan as StreamPlan
+    from .streaming import plan_stream as plan_stream
+    from .streaming import stream as stream
     from .tuning import Pair as Pair
     from .tuning import tune_pair as tune_pair
     from .writes import Writes as Writes
@@ -105,6 +109,8 @@ _WHERE = {
     "Scale": "core",
     "Shift": "shifts",
     "Step": "engine",
+    "Statistic": "analysis",
+    "StreamPlan": "streaming",
     "TokenBook": "cards",
     "TokenCard": "cards",
     "TokenCards": "cards",
@@ -124,12 +130,14 @@ _WHERE = {
     "open_model": "models",
     "param": "analysis",
     "plan": "api",
+    "plan_stream": "streaming",
     "register": "analysis",
     "report": "api",
     "result_of": "api",
     "run": "api",
     "share_tokenizer": "engine",
     "shift": "shifts",
+    "stream": "streaming",
     "sublayer_writes": "writes",
     "token_card": "cards",
     "tune_pair": "tuning",

@@ -24,7 +24,9 @@ def check_summary(analysis: Analysis, summary: xr.Dataset) -> xr.Dataset:
     declared = {name: s.dims for name, s in analysis.statistics.items()}
     if found != declared:
         wrong = {n: (found.get(n), declared.get(n)) for n in {*found, *declared} if found.get(n) != declared.get(n)}
-        raise ValueError(f"{analysis.name} summarised texts as other statistics than declared (found, declared): {wrong}")
+        raise ValueError(
+            f"{analysis.name} summarised texts as other statistics than declared (found, declared): {wrong}"
+        )
     return summary
 
 

@@ -36,9 +36,7 @@ def append_rows(store: Path, group: str, columns: Columns, along: str, start: in
             chunks = [max(1, n) for n in shape]
             chunks[axis] = int(np.clip(CHUNK_BYTES // row, 1, LONGEST_CHUNK))
             empty = [0 if i == axis else n for i, n in enumerate(shape)]
-            table.create_array(
-                name, shape=tuple(empty), chunks=tuple(chunks), dtype=values.dtype, dimension_names=dims
-            )
+            table.create_array(name, shape=tuple(empty), chunks=tuple(chunks), dtype=values.dtype, dimension_names=dims)
         array: Any = table[name]
         array.resize(tuple(start + n if i == axis else n for i, n in enumerate(shape)))
         array[tuple(slice(start, None) if i == axis else slice(None) for i in range(len(shape)))] = values
@@ -58,7 +56,7 @@ def cut_rows(store: Path, group: str, along: str, n: int) -> None:
         return
     table = zarr.open_group(store, path=group, mode="a", zarr_format=3)
     for name, array in table.arrays():
-        axis = (array.metadata.dimension_names or ()).index(along)  # type: ignore[union-attr]
+        axis = (array.metadata.dimension_names or ()).index(along)
         if array.shape[axis] < n:
             raise ValueError(f"the table {group} has {array.shape[axis]} rows of {name} where {n} were committed")
         if array.shape[axis] > n:

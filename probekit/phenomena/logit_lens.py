@@ -274,7 +274,9 @@ def _informative_units(logprob: np.ndarray, texts: np.ndarray, pos: np.ndarray, 
     made = []
     for unit in both_units(texts, pos):
         curves = np.stack([np.bincount(unit, row) for row in logprob]) / np.bincount(unit)
-        made.append(text_moments(np.array([_informative_from(c, -float(np.log(d_vocab))) for c in curves.T], dtype=float)))
+        made.append(
+            text_moments(np.array([_informative_from(c, -float(np.log(d_vocab))) for c in curves.T], dtype=float))
+        )
     return np.stack(made)
 
 

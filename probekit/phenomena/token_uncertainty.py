@@ -125,7 +125,9 @@ class TokenUncertainty(Analysis):
         found = levels.ladder(entropy, surprisal, texts, pos, float(np.log(d_vocab)))
         axes = ("unit", "moment")
         means = {"gap": surprisal.astype(float) - entropy, "entropy": entropy}
-        return found.assign({n: (axes, token_moments(v, texts, pos)) for n, v in means.items()}).assign_attrs(d_vocab=d_vocab)
+        return found.assign({n: (axes, token_moments(v, texts, pos)) for n, v in means.items()}).assign_attrs(
+            d_vocab=d_vocab
+        )
 
     def totals(self, summary: xr.Dataset, params: UncertaintyParams) -> dict[str, xr.DataArray]:
         """The calibration curve, on the levels."""

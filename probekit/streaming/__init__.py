@@ -1,5 +1,6 @@
 """Analyses over a corpus of any size: shards, one Zarr store, statistics that add up, and going on after a kill."""
 
+from .plan import StreamPlan, plan_stream
 from .run import stream
 
-__all__ = ["stream"]
+__all__ = ["StreamPlan", "plan_stream", "stream"]

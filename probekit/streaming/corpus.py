@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +41,7 @@ class Corpus(Protocol):
     name: str
     size: int | None  # in the unit of `Item.end`; None if nobody knows
 
-    def read(self, position: int, number: int) -> Iterator[Item]:
+    def read(self, position: int, number: int) -> Generator[Item]:
         """The entries after a position, of which the first has this number."""
         ...
 
@@ -68,14 +68,16 @@ class Lines:
     def __init__(self, path: str | Path, *, chats: bool = False) -> None:
         self.path, self.name, self._chats = Path(path), Path(path).name, chats
         if self.path.suffix != ".jsonl":
-            raise InputError(f"{path} cannot be streamed; expected a .jsonl file, with an object with 'text' on each line.")
+            raise InputError(
+                f"{path} cannot be streamed; expected a .jsonl file, with an object with 'text' on each line."
+            )
         try:
             with self.path.open("rb") as file:
                 self.size: int | None = file.seek(0, 2)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}.") from None
 
-    def read(self, position: int, number: int) -> Iterator[Item]:
+    def read(self, position: int, number: int) -> Generator[Item]:
         """The lines after a position in bytes, of which the first has this number."""
         with self.path.open("rb") as file:
             file.seek(position)
@@ -105,7 +107,9 @@ class Lines:
                 left, last = left - len(piece), piece[-1:]
             after = file.read(1)
         if left:
-            raise StoreError(f"{self.path} is shorter than what was read of it; give the file that this run began with.")
+            raise StoreError(
+                f"{self.path} is shorter than what was read of it; give the file that this run began with."
+            )
         if position and last != b"\n" and after not in (b"", b"\n", b"\r"):
             raise StoreError(f"{self.path}: its last line was read when it was shorter. Add new texts on new lines.")
         return digest
@@ -118,7 +122,8 @@ class Given:
         texts: any iterable; what was done of it before is read again and passed over.
     """
 
-    name, size = "texts from Python", None
+    name = "texts from Python"
+    size: int | None = None
 
     def __init__(self, texts: Iterable[Any]) -> None:
         self._texts = texts
@@ -128,7 +133,7 @@ class Given:
                 "such as a list, a dataset, or an object whose __iter__ is a generator."
             )
 
-    def read(self, position: int, number: int) -> Iterator[Item]:
+    def read(self, position: int, number: int) -> Generator[Item]:
         """The texts after the first `position` ones."""
         for i, text in enumerate(self._texts):
             if i < position:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from probekit._version import __version__
 from probekit.analysis import Analysis, Result, Results, analyses
 from probekit.api import make_jobs
-from probekit.core import Batch, BosPolicy, Chat, InputError, Model, StoreError, TextError
+from probekit.core import Batch, BosPolicy, Chat, InputError, StoreError, TextError
 from probekit.engine import Job, Listener, run_jobs
 
-from .corpus import Corpus, Item, corpus_of
+from .corpus import Corpus, corpus_of
 from .meter import Meter
 from .shards import Keep, Setup, merged, prepared, run_shard, take
 from .store import State, StreamStore
@@ -27,9 +27,7 @@ SHOWN_TEXTS = 8
 _FIXED = ("weights_hash", "weights", "tokenizer_hash", "attention", "backend")
 
 
-def make_setup(
-    names: Any, model: Any, params: Mapping[str, Any], *, chunk: int, keep: str, **how: Any
-) -> Setup:
+def make_setup(names: Any, model: Any, params: Mapping[str, Any], *, chunk: int, keep: str, **how: Any) -> Setup:
     """How a corpus is streamed, checked before anything is opened.
 
     Raises:
@@ -128,7 +126,7 @@ def manifest_of(setup: Setup) -> dict[str, Any]:
         "model": {k: provenance["model"][k] for k in ("dtype", "n_layers", "d_vocab") if "model" in provenance}
         | {k: provenance[k] for k in _FIXED if k in provenance},
         "analyses": {job.analysis.name: job.params.as_dict() for job in setup.jobs},
-        "texts": {"bos": setup.bos, "chat": setup.chat, "window": setup.window, "skip_bad": setup.skip_bad},
+        "texts": {"bos": setup.bos, "chat": setup.chat, "window": setup.window},
         "shards": {"chunk": setup.chunk, "keep": setup.keep},
     }
 
@@ -153,7 +151,7 @@ def _run(
 ) -> dict[str, xr.Dataset]:
     """Every shard that is not committed yet; returns the statistics of all."""
     summaries = held.summaries()
-    with closing(_entries(corpus, held.state)) as items:
+    with closing(corpus.read(held.state.position, held.state.number)) as items:
         while shard := take(items, setup.chunk):
             state = held.state
             try:
@@ -162,7 +160,7 @@ def _run(
                 kept = f"The {state.texts:,} texts of the shards before are kept" if state.texts else "Nothing is lost"
                 raise type(error)(
                     f"{str(error).rstrip('.')}. {kept}: mend it and repeat the command, or leave such lines out "
-                    "(skip_bad, --skip-bad, from the start)."
+                    "(skip_bad, --skip-bad)."
                 ) from None
             for item in shard:
                 digest.update(item.raw)
@@ -190,10 +188,6 @@ def _run(
     return summaries
 
 
-def _entries(corpus: Corpus, state: State) -> Iterator[Item]:
-    yield from corpus.read(state.position, state.number)
-
-
 def _conclude(setup: Setup, corpus: Corpus, state: State, summaries: Mapping[str, xr.Dataset]) -> Results:
     """Results whose findings are of the whole corpus, with the first texts to look at."""
     if not state.texts:
@@ -213,13 +207,16 @@ def _conclude(setup: Setup, corpus: Corpus, state: State, summaries: Mapping[str
 
 def first_texts(setup: Setup, corpus: Corpus, state: State) -> Batch:
     """The first texts of what was read."""
-    with closing(corpus.read(0, 1)) as items:  # type: ignore[type-var]
+    setup = replace(setup, skip_bad=True)  # as it was for lines that were left out
+    with closing(corpus.read(0, 1)) as items:
         within = takewhile(lambda item: item.end <= state.position, items)
         found = Batch(())
         while len(found) < min(SHOWN_TEXTS, state.texts) and (some := take(within, SHOWN_TEXTS)):
             batch, _, _ = prepared(setup, some, len(found), corpus.name)
             texts = (*found.texts, *batch.texts)[:SHOWN_TEXTS]
-            found = Batch(texts, setup.bos, begins=batch.begins or found.begins, template=batch.template or found.template)
+            found = Batch(
+                texts, setup.bos, begins=batch.begins or found.begins, template=batch.template or found.template
+            )
     return found
 
 

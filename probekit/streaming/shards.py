@@ -162,7 +162,9 @@ def run_shard(setup: Setup, batch: Batch, numbers: Sequence[int]) -> Done:
         done.peak_bytes = max([done.peak_bytes, *(p["peak_bytes"] for p in plans)])
         for job in setup.jobs:
             result = results[job.analysis.name]
-            done.summaries = merged(setup.jobs, done.summaries, {job.analysis.name: check_summary(job.analysis, result.summary)})
+            done.summaries = merged(
+                setup.jobs, done.summaries, {job.analysis.name: check_summary(job.analysis, result.summary)}
+            )
         datasets = {name: r.dataset for name, r in results.items()}
         for table, columns in rows_of(datasets, piece, [numbers[i] for i in some], setup.keep).items():
             tables.setdefault(table, []).append(columns)
@@ -184,9 +186,7 @@ def merged(
     }
 
 
-def rows_of(
-    datasets: Mapping[str, xr.Dataset], batch: Batch, numbers: Sequence[int], keep: Keep
-) -> dict[str, Columns]:
+def rows_of(datasets: Mapping[str, xr.Dataset], batch: Batch, numbers: Sequence[int], keep: Keep) -> dict[str, Columns]:
     """What is kept of every text, and of every token if asked for, by table.
 
     A text has its line, tokens, what the analyses measure for each text, and the means of what they measure for each

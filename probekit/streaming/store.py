@@ -151,7 +151,7 @@ class StreamStore:
             json.dump({"format": FORMAT, "version": 1, "manifest": self.manifest, "state": asdict(state)}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, self.path / _COMMIT)
+        part.replace(self.path / _COMMIT)
         self.state = state
 
 
@@ -219,5 +219,7 @@ def _locked(path: Path) -> Any:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise StoreError(f"{path.parent} is in use: another process streams into it. Wait for it, or stop it.") from None
+        raise StoreError(
+            f"{path.parent} is in use: another process streams into it. Wait for it, or stop it."
+        ) from None
     return file
