@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from .shifts import Shift as Shift
     from .shifts import shift as shift
     from .streaming import StreamPlan as StreamPlan
+    from .streaming import load_rows as load_rows
     from .streaming import plan_stream as plan_stream
     from .streaming import stream as stream
     from .tuning import Pair as Pair
@@ -127,6 +128,7 @@ _WHERE = {
     "list_models": "api",
     "load_result": "analysis",
     "load_results": "analysis",
+    "load_rows": "streaming",
     "open_model": "models",
     "param": "analysis",
     "plan": "api",

@@ -168,10 +168,8 @@ class AttentionSinks(Analysis):
         null = 100.0 * (sinks.uniform_received(p["horizon"])[0] > p["epsilon"])
         even = float(seen["even_sum"] / seen["later"])
         # The interval is that of the excess over an even share, which unlike the share itself has no trend in q.
-        held, at = (
-            estimate(seen["excess"].values).minus(-even).within(0, 1),
-            f"T = {p['horizon']}, epsilon = {p['epsilon']:g}",
-        )
+        held = estimate(seen["excess"].values).minus(-even).within(0, 1)
+        at = f"T = {p['horizon']}, epsilon = {p['epsilon']:g}"
         return [
             Finding(
                 f"Position 0 is a sink for {rate.value:.1f} % of (layer, head) pairs at {at}.",
@@ -190,9 +188,8 @@ class AttentionSinks(Analysis):
         ]  # fmt: skip
 
     def _phases(self, result: Result) -> Finding:
-        seen = result.summary
-        count = estimate(seen["phases"].values)
-        phases = sinks.sink_phases(sink_summary.share_of_texts(seen, "first").mean("head").values)
+        count = estimate(result.summary["phases"].values)
+        phases = sinks.sink_phases(sink_summary.share_of_texts(result.summary, "first").mean("head").values)
         where = " and ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in phases)
         named = {1: "one phase", 2: "two phases"}.get(len(phases), f"{len(phases)} phases")
         return Finding(

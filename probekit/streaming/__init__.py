@@ -2,5 +2,6 @@
 
 from .plan import StreamPlan, plan_stream
 from .run import stream
+from .store import load_rows
 
-__all__ = ["StreamPlan", "plan_stream", "stream"]
+__all__ = ["StreamPlan", "load_rows", "plan_stream", "stream"]

@@ -187,6 +187,28 @@ def read_summaries(path: Path, state: State) -> dict[str, xr.Dataset]:
     return {name: read_group(path, f"{state.slot}/{name}")[0] for name in names}
 
 
+def load_rows(path: str | Path, table: str = "texts") -> xr.Dataset:
+    """The rows of a streamed corpus that are committed, read from disk when they are looked at.
+
+    Args:
+        path: what `stream` wrote, or the folder of `probekit run --stream`.
+        table: "texts", or "tokens" where these were kept.
+
+    Raises:
+        StoreError: there is no such table.
+    """
+    import xarray as xr
+
+    store = Path(path)
+    store = store / "stream.zarr" if (store / "stream.zarr").is_dir() else store
+    state, _ = committed(store)
+    if table not in state.rows:
+        kept = ", ".join(state.rows) or "none"
+        raise StoreError(f"{store} has no rows of {table}; kept are: {kept} (see `keep`).")
+    rows = xr.open_zarr(store, group=table, consolidated=False, chunks=None)
+    return rows.isel({table.removesuffix("s"): slice(state.rows[table])})
+
+
 def _differences(before: Any, now: Any, where: str = "") -> list[str]:
     """What differs between two manifests, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
