@@ -1,12 +1,19 @@
-"""Tables on disk that grow: arrays of a Zarr group, appended along one axis and cut back to what was committed."""
+"""What a streamed corpus keeps on disk: tables that grow, cut back to what was committed, and datasets in one array.
+
+A table is a Zarr group whose arrays are appended along one axis.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 CHUNK_BYTES, LONGEST_CHUNK = 1 << 20, 1 << 16
 Columns = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
@@ -61,3 +68,46 @@ def cut_rows(store: Path, group: str, along: str, n: int) -> None:
             raise ValueError(f"the table {group} has {array.shape[axis]} rows of {name} where {n} were committed")
         if array.shape[axis] > n:
             array.resize(tuple(n if i == axis else size for i, size in enumerate(array.shape)))
+
+
+def write_packed(dataset: xr.Dataset, store: Path, name: str) -> None:
+    """Write a dataset as one array of float64 whose attributes say what is where; many small arrays take longer.
+
+    Whole numbers are exact up to 2^53. Variables that hold objects go into the attributes, as JSON.
+    """
+    import zarr
+
+    layout, parts, objects = [], [np.zeros(0)], {}
+    for key, variable in dataset.variables.items():
+        values = variable.values
+        about = {"name": str(key), "dims": variable.dims, "shape": values.shape, "coord": key in dataset.coords}
+        if values.dtype.kind == "O":
+            objects[str(key)] = values.tolist()
+        else:
+            parts.append(values.ravel().astype(np.float64))
+        layout.append({**about, "dtype": values.dtype.str})
+    packed = np.concatenate(parts)
+    attributes = {"layout": json.dumps(layout), "objects": json.dumps(objects), "attrs": json.dumps(dataset.attrs)}
+    zarr.create_array(
+        store, name=name, data=packed, chunks=(max(1, min(len(packed), 1 << 20)),), zarr_format=3, attributes=attributes
+    )
+
+
+def read_packed(store: Path, name: str) -> xr.Dataset:
+    """The dataset that `write_packed` wrote."""
+    import xarray as xr
+    import zarr
+
+    array = zarr.open_array(store, path=name, mode="r", zarr_format=3)
+    attributes: dict[str, Any] = {k: json.loads(str(v)) for k, v in array.attrs.asdict().items()}
+    packed, begin = np.asarray(array[:]), 0
+    found: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+    for about in attributes["layout"]:
+        if about["dtype"] == "|O":
+            values = np.array(attributes["objects"][about["name"]], dtype=object)
+        else:
+            size = int(np.prod(about["shape"]))
+            values = packed[begin : begin + size].astype(about["dtype"]).reshape(about["shape"])
+            begin += size
+        found[about["coord"]][about["name"]] = (tuple(about["dims"]), values)
+    return xr.Dataset(found[False], coords=found[True], attrs=attributes["attrs"])

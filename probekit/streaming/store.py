@@ -18,8 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from probekit.core import StoreError
-from probekit.core.rows import Columns, append_rows, cut_rows
-from probekit.core.storage import read_group, write_group
+from probekit.core.rows import Columns, append_rows, cut_rows, read_packed, write_packed
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -137,7 +136,7 @@ class StreamStore:
                 rows[table] = start + max(v.shape[d.index(along)] for d, v in columns.values())
             shutil.rmtree(self.path / slot, ignore_errors=True)
             for name, summary in summaries.items():
-                write_group(summary, self.path, f"{slot}/{name}", {})
+                write_packed(summary, self.path, f"{slot}/{name}")
             self._write_commit(replace(state, rows=rows, slot=slot if summaries else ""))
         except OSError as error:
             raise StoreError(
@@ -184,7 +183,7 @@ def read_summaries(path: Path, state: State) -> dict[str, xr.Dataset]:
     """The statistics that a state names, by analysis."""
     folder = path / state.slot
     names = sorted(p.parent.name for p in folder.glob("*/zarr.json")) if state.slot else []
-    return {name: read_group(path, f"{state.slot}/{name}")[0] for name in names}
+    return {name: read_packed(path, f"{state.slot}/{name}") for name in names}
 
 
 def load_rows(path: str | Path, table: str = "texts") -> xr.Dataset:
