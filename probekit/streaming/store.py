@@ -183,7 +183,13 @@ def read_summaries(path: Path, state: State) -> dict[str, xr.Dataset]:
     """The statistics that a state names, by analysis."""
     folder = path / state.slot
     names = sorted(p.parent.name for p in folder.glob("*/zarr.json")) if state.slot else []
-    return {name: read_packed(path, f"{state.slot}/{name}") for name in names}
+    try:
+        return {name: read_packed(path, f"{state.slot}/{name}") for name in names}
+    except Exception as error:  # whatever a library makes of missing or changed bytes
+        raise StoreError(
+            f"{path} is damaged, or of another version of probekit: its statistics cannot be read "
+            f"({type(error).__name__}: {str(error)[:200]}). Restore it, or stream the corpus into another folder."
+        ) from error
 
 
 def load_rows(path: str | Path, table: str = "texts") -> xr.Dataset:
