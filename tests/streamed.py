@@ -30,7 +30,11 @@ def corpus(path: Path, texts: list[str], end: str = "\n") -> Path:
 
 
 def stream(path: Path, store: Path, names: Any = NAMES, **how: Any) -> pk.Results:
-    return pk.stream(names, tiny_model("llama-grouped").model, path, store, **{**PARAMS, **how})
+    """Stream a corpus through the tiny model, with the parameters that the analyses have."""
+    chosen = [names] if isinstance(names, str) else names
+    known = {"progress"}.union(*(analyses()[name].Params.specs() for name in chosen))
+    own = {k: v for k, v in PARAMS.items() if k in known}
+    return pk.stream(names, tiny_model("llama-grouped").model, path, store, **{**own, **how})
 
 
 def assert_same_summary(found: xr.Dataset, expected: xr.Dataset, rtol: float, what: str) -> None:
