@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .analysis import Params as Params
     from .analysis import Result as Result
     from .analysis import Results as Results
+    from .analysis import Statistic as Statistic
     from .analysis import get_analysis as get_analysis
     from .analysis import load_result as load_result
     from .analysis import load_results as load_results
@@ -75,6 +76,10 @@ if TYPE_CHECKING:
     from .reduce import open_lens as open_lens
     from .shifts import Shift as Shift
     from .shifts import shift as shift
+    from .streaming import StreamPlan as StreamPlan
+    from .streaming import load_rows as load_rows
+    from .streaming import plan_stream as plan_stream
+    from .streaming import stream as stream
     from .tuning import Pair as Pair
     from .tuning import tune_pair as tune_pair
     from .writes import Writes as Writes
@@ -109,6 +114,8 @@ _WHERE = {
     "Scale": "core",
     "Shift": "shifts",
     "Step": "engine",
+    "Statistic": "analysis",
+    "StreamPlan": "streaming",
     "TokenBook": "cards",
     "TokenCard": "cards",
     "TokenCards": "cards",
@@ -127,16 +134,19 @@ _WHERE = {
     "list_models": "api",
     "load_result": "analysis",
     "load_results": "analysis",
+    "load_rows": "streaming",
     "open_lens": "reduce",
     "open_model": "models",
     "param": "analysis",
     "plan": "api",
+    "plan_stream": "streaming",
     "register": "analysis",
     "report": "api",
     "result_of": "api",
     "run": "api",
     "share_tokenizer": "engine",
     "shift": "shifts",
+    "stream": "streaming",
     "sublayer_writes": "writes",
     "token_card": "cards",
     "train_lens": "lenses",

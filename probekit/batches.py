@@ -43,7 +43,7 @@ def make_batch(
         elif chat is False:
             batch = model.tokenize([texts] if isinstance(texts, str) else list(texts), bos)
         else:
-            batch = _tokenize_chats(model, texts, bos, chat)
+            batch = tokenize_chats(model, texts, bos, chat)
         if domains:
             named = tuple(replace(t, domain=d) for t, d in zip(batch, domains, strict=True))
             batch = replace(batch, texts=named)
@@ -121,7 +121,12 @@ def _records(texts: Sequence[Any]) -> tuple[list[str], list[str], list[Any]]:
     return domains if any(domains) else [], answers, flat
 
 
-def _tokenize_chats(model: Any, texts: Any, bos: BosPolicy, chat: Chat) -> Batch:
+def tokenize_chats(model: Any, texts: Any, bos: BosPolicy, chat: Chat) -> Batch:
+    """Each text as a turn in the model's chat template.
+
+    Raises:
+        CapabilityError: the model has no tokenizer that could make one.
+    """
     if model.info.kind != "decoder" or not hasattr(getattr(model, "native", model), "tokenizer"):
         raise CapabilityError(
             f"{model.info.name!r} ({type(model).__name__}) has no chat template; open a decoder that was trained on "

@@ -12,12 +12,13 @@ import click
 from probekit import __version__
 from probekit.analysis import Analysis, ParamSpec, analyses, get_analyses, load_file, strongest
 from probekit.app_command import app_command
-from probekit.core import Batch, Chat, InputError, ProbekitError
+from probekit.core import Chat, InputError, ProbekitError
 from probekit.lens_command import lens_command
+from probekit.stream_command import stream_options, stream_run, streamed
+from probekit.terminal import about_tokens, beginning
 from probekit.token_command import token_command
 
 DEMO_FOLDER = Path("reports/demo")
-_SHOWN_TEXTS, _SHOWN_TOKENS = 3, 24
 _PARTS = "similarities.jsonl"  # journal of analyses that embed
 _OWN, _ALL = "own__", "all__"  # prefixes of click's names for the flags of one analysis and of all
 
@@ -172,6 +173,7 @@ def models_command() -> None:
 @click.option("--window", type=int, help="Cut texts into windows of so many tokens.")
 @click.option("--memory-gib", type=float, help="Memory that may be used above the loaded model.")
 @click.option("--load", multiple=True, type=click.Path(), help="A Python file of yours that registers analyses.")
+@stream_options
 def run_command(
     names: tuple[str, ...],
     model: str | None,
@@ -197,13 +199,18 @@ def run_command(
     \b
     probekit run all --texts essay.txt --out reports/essay
     probekit run logit-lens --text "The capital of France is" --top-k 5 --out reports/france
+    probekit run token-uncertainty logit-lens --stream --texts corpus.jsonl --out reports/corpus
     """
     how = {"backend": backend, "dtype": dtype, "device_map": _device_map(device_map)}
     turns = chat if system is None else system
-    needed = any(a.reads_texts for a in get_analyses(names))
-    found = _texts(text, texts, chats=turns is not False) if needed or text or texts else None
     if preset is not None:
         parameters["preset"] = preset
+    if stream := streamed(parameters, text, texts, role):
+        limit = {"bos": bos, "chat": turns, "window": window, "memory_gib": memory_gib, "only_plan": only_plan}
+        stream_run(names, (model, how), out, stream | limit, gather(parameters))
+        return
+    needed = any(a.reads_texts for a in get_analyses(names))
+    found = _texts(text, texts, chats=turns is not False) if needed or text or texts else None
     _execute(names, model, found, out, only_plan, bos, window, memory_gib, gather(parameters), how, turns, _roles(role))
 
 
@@ -284,7 +291,7 @@ def _execute(
     }
     opened = open_model(spec or default_model(), lazy=True, **(how or {}))
     if only_plan:
-        click.echo("\n".join(_about_tokens(make_batch(opened, jobs, texts, bos, window, chat))))
+        click.echo("\n".join(about_tokens(make_batch(opened, jobs, texts, bos, window, chat))))
         look = [f"{job.analysis.name} begins with vocabulary and weights, which need no pass" for job in jobs]
         click.echo("\n".join(map(str, api.plan(names, opened, texts, **common, **params) or look)))
         return
@@ -298,7 +305,7 @@ def _execute(
         raise InputError(f"Stopped. {_kept(journal)}") from None
     report = api.report(results, out)
     corpus = next(iter(results.values())).provenance["texts"]
-    click.echo(_beginning(corpus.get("beginning_of_sequence", ""), corpus.get("chat_template", "")))
+    click.echo(beginning(corpus.get("beginning_of_sequence", ""), corpus.get("chat_template", "")))
     for finding in strongest(results.findings, 3):
         click.echo(f"• {finding.claim}\n  {finding.evidence}")
     click.echo(f"Report: {report}")
@@ -364,22 +371,6 @@ def _kept(journal: Path) -> str:
     n = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
     what = "parts of the work" if journal.name == _PARTS else "continuations"
     return f"{n:,} {what} are kept in {journal}; the same command goes on from there."
-
-
-def _about_tokens(batch: Batch) -> list[str]:
-    """The exact tokens that would run, as far as a terminal has room for them."""
-    lines = [_beginning(batch.begins, batch.template)]
-    for i, text in enumerate(batch.texts[:_SHOWN_TEXTS]):
-        shown = "  ".join(f"{n} {s!r}" for n, s in zip(text.ids[:_SHOWN_TOKENS], text.strings, strict=False))
-        lines.append(f"text {i:<5}{shown}{f'  … ({len(text)} in all)' if len(text) > _SHOWN_TOKENS else ''}")
-    if len(batch) > _SHOWN_TEXTS:
-        lines.append(f"          … ({len(batch)} texts in all)")
-    return lines
-
-
-def _beginning(begins: str, template: str) -> str:
-    chat = f"\nchat      {template}" if template else ""
-    return f"begins    {begins or 'as the model was given it'}{chat}"
 
 
 @cli.command("demo")

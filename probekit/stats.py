@@ -123,6 +123,78 @@ def token_mean(values: np.ndarray, texts: np.ndarray, pos: np.ndarray, weights: 
     return ratio(sums, np.bincount(unit, weight), name)
 
 
+def moments(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Six sums over units from which `estimate` makes what `ratio` makes; those of two sets of units add up.
+
+    Args:
+        sums: last axis unit; its units of weight 0 are left out.
+        weights: likewise.
+
+    Returns:
+        n, Σw, Σs, Σw², Σsw, Σs² in place of the last axis.
+    """
+    w = np.where(weights > 0, weights, 0.0).astype(float)
+    s = np.where(weights > 0, sums, 0.0).astype(float)
+    w, s = np.broadcast_arrays(w, s)
+    return np.stack([x.sum(-1) for x in ((w > 0).astype(float), w, s, w * w, s * w, s * s)], axis=-1)
+
+
+def text_moments(values: np.ndarray) -> np.ndarray:
+    """The moments of one number for each text, last axis; NaN is left out."""
+    values = np.asarray(values, dtype=float)
+    return moments(np.nan_to_num(values), np.isfinite(values).astype(float))
+
+
+def both_units(texts: np.ndarray, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The text and the block that each token belongs to, both numbered from 0."""
+    block = np.unique(np.stack([texts, pos // BLOCK]), axis=1, return_inverse=True)[1].ravel()
+    return np.unique(texts, return_inverse=True)[1].ravel(), block
+
+
+def token_moments(values: np.ndarray, texts: np.ndarray, pos: np.ndarray) -> np.ndarray:
+    """The moments of a mean over tokens, by texts and by blocks; NaN is left out.
+
+    Args:
+        values: last axis token.
+        texts: text index of each token.
+        pos: position of each token within its text.
+
+    Returns:
+        Axes unit (texts, blocks) and moment in place of the last axis.
+    """
+    rows = np.asarray(values, dtype=float).reshape(-1, len(texts))
+    made = []
+    for unit in both_units(texts, pos):
+        sums = np.stack([np.bincount(unit, np.nan_to_num(row)) for row in rows])
+        made.append(moments(sums, np.stack([np.bincount(unit, np.isfinite(row)) for row in rows])))
+    return np.stack(made, axis=1).reshape(*np.shape(values)[:-1], 2, -1)
+
+
+def estimate(found: np.ndarray) -> Estimate:
+    """The ratio whose moments these are, with the interval of `ratio`.
+
+    Args:
+        found: from `text_moments` (axis moment), or `token_moments` (axes unit, moment): by texts where there are five
+            or more, else by blocks.
+    """
+    from scipy.stats import t
+
+    found, name = np.asarray(found, dtype=float), "texts"
+    if found.ndim == 2:
+        few = found[0, 0] < MIN_TEXTS
+        found, name = found[int(few)], f"blocks of {BLOCK} tokens" if few else "texts"
+    n, w, s, ww, sw, ss = map(float, found)
+    if n == 0:
+        return Estimate(float("nan"), None, 0, name)
+    value = s / w
+    if n == 1:
+        return Estimate(value, None, 1, name)
+    spread = ss - 2 * value * sw + value**2 * ww
+    spread = spread if spread > 1e-13 * (ss + value**2 * ww) else 0.0  # what rounding leaves where all units agree
+    half = float(t.ppf(0.975, n - 1)) * float(np.sqrt(n / (n - 1) * spread)) / w
+    return Estimate(value, (value - half, value + half), int(n), name)
+
+
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a share of independent draws (Wilson 1927); it begins at 0 for none, and ends at 1 for all.
 

@@ -47,7 +47,7 @@ def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | list[dic
     if path.suffix == ".csv":
         return _pairs_of(path, content)
     lines = [(n, line) for n, line in enumerate(content.splitlines(), start=1) if line.strip()]
-    texts = [_text_of(path, number, line, chats) for number, line in lines]
+    texts = [text_of_line(path, number, line, chats) for number, line in lines]
     domains = [json.loads(line).get("domain") for _, line in lines]
     answers = [_answer_of(json.loads(line), f"{path}, line {number}") for number, line in lines]
     if any(domains):
@@ -62,7 +62,13 @@ def read_texts(path: str | Path, *, chats: bool = False) -> list[str] | list[dic
     return {d: [t for t, own in zip(texts, domains, strict=True) if own == d] for d in dict.fromkeys(domains)}
 
 
-def _text_of(path: Path, number: int, line: str, chats: bool) -> str:
+def text_of_line(path: Path, number: int, line: str, chats: bool) -> str:
+    """The text of one line of a .jsonl file, or its messages in JSON.
+
+    Raises:
+        InputError: names the line and what is wrong with it.
+        TextError: the text is empty.
+    """
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)

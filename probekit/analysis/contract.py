@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from probekit.core import Batch, ModelInfo, Request, Trace, check_axes
 
@@ -41,6 +41,30 @@ class Measure:
         check_axes(self.dims, f"the measure {self.help!r}")
 
 
+Combine = Literal["sum", "max", "tally", "best"]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number of some texts that, combined with that of other texts, is the number of all of them.
+
+    Args:
+        dims: its axes, from `probekit.core.AXES`; neither token nor text, so that it is as large for any number of texts.
+        help: what it is, in one sentence.
+        combine: how two become one: "sum" or "max" of arrays; "tally" adds the counts of a dictionary; "best" keeps the
+            dictionary with the larger `value`, the earlier one where they tie.
+    """
+
+    dims: tuple[str, ...]
+    help: str
+    combine: Combine = "sum"
+
+    def __post_init__(self) -> None:
+        check_axes(self.dims, f"the statistic {self.help!r}")
+        if {"token", "text"} & set(self.dims):
+            raise ValueError(f"the statistic {self.help!r} grows with the texts: {self.dims}")
+
+
 class Analysis:
     """One phenomenon. Subclass it in one file of `probekit/phenomena`, decorate it with `register`.
 
@@ -63,6 +87,8 @@ class Analysis:
         roles: further models that it needs beside the one under study, such as ("base",).
         reads_texts: whether it looks at texts; one that looks at weights, vocabularies or sentences of its own runs
             when it is named, and needs none.
+        statistics: what `summarise` returns. An analysis that has some makes its findings of nothing else, and can
+            therefore be run over a corpus of any size, shard by shard.
     """
 
     name: ClassVar[str]
@@ -72,6 +98,7 @@ class Analysis:
     writes: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ()
     reads_texts: ClassVar[bool] = True
+    statistics: ClassVar[Mapping[str, Statistic]] = {}
     Params: ClassVar[type[Params]] = Params
 
     def min_tokens(self, params: Any) -> int:
@@ -121,6 +148,21 @@ class Analysis:
     def heading(self, result: Result) -> str:
         """What a result is called in a report; says more than `title` where a parameter changes what was measured."""
         return self.title
+
+    def cannot_stream(self, params: Any) -> str:
+        """Why it cannot run over a corpus shard by shard with these parameters, in words; "" if it can."""
+        return "" if self.statistics else "its result needs all texts at once"
+
+    def summarise(self, dataset: xr.Dataset, params: Any) -> xr.Dataset:
+        """`statistics` of the texts that a dataset of `compute` is about."""
+        raise NotImplementedError(f"{type(self).__name__} declares statistics and must define summarise")
+
+    def totals(self, summary: xr.Dataset, params: Any) -> dict[str, xr.DataArray]:
+        """The measures with neither a token nor a text axis, of all texts that a summary is about.
+
+        What is left out does not depend on the texts, or is about those that are shown.
+        """
+        return {}
 
     def findings(self, result: Result) -> list[Finding]:
         """Claims with their evidence, most important first."""

@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from probekit.plots import Drawing
 
 
+_SUMMARY = "summary"  # the part of a result that a streamed corpus adds
+
+
 @dataclass(frozen=True)
 class Result:
     """The outcome of one analysis on one model and some texts.
@@ -32,12 +36,15 @@ class Result:
         params: the parameters it ran with.
         dataset: its variables, as declared in `analysis.measures`, with units in their attributes.
         provenance: model, tokens, versions, plan.
+        merged: statistics of a corpus that was streamed. Token and text axes of the dataset are then those of the
+            texts that are shown; what has neither is about the whole corpus.
     """
 
     analysis: Analysis
     params: Params
     dataset: xr.Dataset
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    merged: xr.Dataset | None = None
 
     @property
     def name(self) -> str:
@@ -63,6 +70,17 @@ class Result:
             return f"{model.get('name', 'model')}."
         chat = " in the chat template" if texts.get("chat_template") else ""
         return f"{model.get('name', 'model')}, {n_texts} text{'s' * (n_texts != 1)}{chat}, {n_tokens:,} tokens."
+
+    @property
+    def about_shown(self) -> str:
+        """`about`, and how many of the texts are shown where it is not all of them."""
+        shown = self.provenance.get("texts", {}).get("shown") if self.merged is not None else None
+        return f"{self.about} Shown: the first {shown} texts." if shown else self.about
+
+    @cached_property
+    def summary(self) -> xr.Dataset:
+        """The analysis' `statistics` of all texts: merged over a streamed corpus, else made of the dataset."""
+        return self.merged if self.merged is not None else self.analysis.summarise(self.dataset, self.params)
 
     @property
     def findings(self) -> list[Finding]:
@@ -146,6 +164,8 @@ def save_results(results: Mapping[str, Result], path: str | Path) -> Path:
                 "provenance": json.dumps(dict(result.provenance), sort_keys=True),
             }
             write_group(result.dataset, folder, name, attrs)
+            if result.merged is not None:
+                write_group(result.merged, folder, f"{name}/{_SUMMARY}", {})
     return Path(path)
 
 
@@ -198,7 +218,9 @@ def _read(store: Path, group: str) -> Result:
         analysis = get_analysis(attrs["analysis"])
         ordered = dataset[list(analysis.measures)]
         params = analysis.Params.parse(json.loads(attrs["params"]), analysis.name)
-        return Result(analysis, params, analysis.check(ordered), json.loads(attrs["provenance"]))
+        streamed = (store / group / _SUMMARY).is_dir()
+        merged = read_group(store, f"{group}/{_SUMMARY}")[0] if streamed else None
+        return Result(analysis, params, analysis.check(ordered), json.loads(attrs["provenance"]), merged)
     except ProbekitError:
         raise
     except Exception as error:  # whatever a library makes of missing or changed bytes

@@ -20,6 +20,8 @@ AXES: dict[str, str] = {
     "case": "setting of a comparison",
     "bin": "interval of a binned quantity; the coordinate is its middle",
     "threshold": "value of a parameter that was swept",
+    "unit": "what is resampled: texts, or blocks of 32 tokens",
+    "moment": "sum over units that an estimate is made of: n, Σw, Σs, Σw², Σsw, Σs²",
     "dose": "strength of an intervention, signed, in the unit that the analysis states",
 }
 

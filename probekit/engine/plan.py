@@ -126,7 +126,8 @@ def make_plan(request: Forward, batch: Batch, info: ModelInfo, memory_limit: int
         raise PlanError(
             f"This run needs about {human(peak)} above the loaded model and {human(available)} are available. "
             f"The longest text has {longest:,} tokens, the results take {human(results)}. Cut the texts into windows "
-            "(window=…), run fewer texts or fewer analyses at once, or raise the memory limit."
+            "(window=…), run fewer texts or fewer analyses at once, stream the corpus (--stream, pk.stream), or raise the "
+            "memory limit."
         )
     forward, readout = _work(request, batch, info)
     keys = tuple(c.key for c in request.captures)

@@ -188,13 +188,25 @@ def carriers_in_words(held: np.ndarray, role: np.ndarray, shown: np.ndarray, tex
         shown: what it shows as.
         text: text that it belongs to.
     """
+    return carriers_said(*tally_carriers(held, role, shown, text))
+
+
+def tally_carriers(
+    held: np.ndarray, role: np.ndarray, shown: np.ndarray, text: np.ndarray
+) -> tuple[list[int], dict[str, int]]:
+    """Texts with carriers in each role of `ROLES`, and how often each token carries, by role, a tab and the token."""
+    texts = [len(np.unique(text[held & (role == name)])) for name in ROLES]
+    return texts, dict(Counter(f"{r}\t{t}" for r, t in zip(role[held], shown[held], strict=True)))
+
+
+def carriers_said(texts: Sequence[int], words: Mapping[str, int]) -> str:
+    """What `tally_carriers` found, in words."""
     parts = []
-    for name, place in zip(ROLES, _PLACES, strict=True):
-        here = held & (role == name)
-        if here.any():
-            tokens = [repr(str(t)) for t, _ in Counter(shown[here].tolist()).most_common(4)]
+    for name, place, n in zip(ROLES, _PLACES, texts, strict=True):
+        if n:
+            own = Counter({k.partition("\t")[2]: c for k, c in words.items() if k.partition("\t")[0] == name})
+            tokens = [repr(t) for t, _ in own.most_common(4)]
             tokens = [*tokens[:3], "…"] if len(tokens) > 3 else tokens
-            n = len(np.unique(text[here]))
             parts.append(f"{place} in {n} text{'s' * (n != 1)} ({', '.join(tokens)})")
     return "; ".join(parts)
 

@@ -8,10 +8,10 @@ import numpy as np
 import xarray as xr
 
 from probekit import plots
-from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, param, register
+from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, Statistic, param, register
 from probekit.core import Batch, Forward, ModelInfo, Trace
-from probekit.methods import sinks
-from probekit.stats import text_mean, token_mean
+from probekit.methods import sink_summary, sinks
+from probekit.stats import estimate, text_mean
 
 THRESHOLDS = np.round(np.arange(0.05, 0.96, 0.05), 2)
 _PAIRS = ("text", "layer", "head")
@@ -90,6 +90,11 @@ class AttentionSinks(Analysis):
         "made_rate_other": Measure(("case", "sample"), "percent", "pairs with a sink after position 0; NaN likewise"),
         "made_rate_by_layer": Measure(("case", "layer"), "percent", "Sink_1 of the made texts in each layer"),
     }  # fmt: skip
+    statistics = {name: Statistic(*how) for name, how in sink_summary.STATISTICS.items()}
+
+    def cannot_stream(self, params: SinkParams) -> str:
+        """Made texts are made of all texts of a run."""
+        return "made texts (n_made) are made of all texts of a run; take n_made = 0" if params.n_made else ""
 
     def min_tokens(self, params: SinkParams) -> int:
         """The published rate needs T tokens."""
@@ -148,17 +153,23 @@ class AttentionSinks(Analysis):
             coords={"threshold": THRESHOLDS, "key": np.arange(params.horizon)},
         )
 
+    def summarise(self, dataset: xr.Dataset, params: SinkParams) -> xr.Dataset:
+        """Moments and sums over texts."""
+        return sink_summary.summarise(dataset)
+
+    def totals(self, summary: xr.Dataset, params: SinkParams) -> dict[str, xr.DataArray]:
+        """Rates by key, threshold and length, and entropies."""
+        return sink_summary.totals(summary)
+
     def findings(self, result: Result) -> list[Finding]:
         """The published rate, the share on position 0, phases over depth, other sinks, rates by T, made texts."""
-        p, data = result.params.as_dict(), result.dataset
-        rate = text_mean(100 * data["sink_rate"].mean(("layer", "head")).values).within(0, 100)
+        p, seen = result.params.as_dict(), result.summary
+        rate = estimate(seen["rate"].values).within(0, 100)
         null = 100.0 * (sinks.uniform_received(p["horizon"])[0] > p["epsilon"])
-        pos = result["pos"].values
-        first = data["first_share"].mean(("layer", "head")).values
-        even = float(np.mean(1 / (pos[pos > 0] + 1)))
+        even = float(seen["even_sum"] / seen["later"])
         # The interval is that of the excess over an even share, which unlike the share itself has no trend in q.
-        excess = token_mean(np.where(pos > 0, first - 1 / (pos + 1), np.nan), result["text"].values, pos)
-        held, at = excess.minus(-even).within(0, 1), f"T = {p['horizon']}, epsilon = {p['epsilon']:g}"
+        held = estimate(seen["excess"].values).minus(-even).within(0, 1)
+        at = f"T = {p['horizon']}, epsilon = {p['epsilon']:g}"
         return [
             Finding(
                 f"Position 0 is a sink for {rate.value:.1f} % of (layer, head) pairs at {at}.",
@@ -177,9 +188,8 @@ class AttentionSinks(Analysis):
         ]  # fmt: skip
 
     def _phases(self, result: Result) -> Finding:
-        rates = result["sink_rate"].mean("head").values  # text, layer
-        phases = sinks.sink_phases(rates.mean(axis=0))
-        count = text_mean(np.array([len(sinks.sink_phases(r)) for r in rates], dtype=float))
+        count = estimate(result.summary["phases"].values)
+        phases = sinks.sink_phases(sink_summary.share_of_texts(result.summary, "first").mean("head").values)
         where = " and ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in phases)
         named = {1: "one phase", 2: "two phases"}.get(len(phases), f"{len(phases)} phases")
         return Finding(
@@ -189,31 +199,25 @@ class AttentionSinks(Analysis):
         )  # fmt: skip
 
     def _others(self, result: Result) -> Finding:
-        share = result["sink_share"].mean("layer").values
-        text, pos, token = result["text"].values, result["pos"].values, result["token_str"].values
-        share = np.where((pos > 0) & np.isfinite(share), share, -1.0)
-        strongest = [np.flatnonzero(text == t)[np.argmax(share[text == t])] for t in np.unique(text)]
-        mean = text_mean(share[strongest]).within(0, 1)
-        top = max(strongest, key=lambda i: share[i])
-        word = plots.visible(str(token[top]))
+        mean, top = estimate(result.summary["strongest"].values).within(0, 1), result.summary["strongest_of_all"].item()
         return Finding(
             f"Beside position 0, the strongest sink of a text serves {mean.value:.1%} of (layer, head) pairs; "
-            f"the strongest of all is {word!r} at position {pos[top]} of text {text[top]}."
+            f"the strongest of all is {plots.visible(top['word'])!r} at position {top['pos']} of text {top['text']}."
             if mean.value > 0
             else "No token beside position 0 is a sink of any head.",
             mean.value, "share of pairs", 0.0, "uniform causal attention", mean.ci95, mean.n, mean.n_unit,
-            {"text": int(text[top]), "pos": int(pos[top])},
+            {"text": top["text"], "pos": top["pos"]},
         )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
         """Rate over depth and heads, where sinks lie, the sweeps over epsilon and T, and made texts."""
-        p, data = result.params.as_dict(), result.dataset
+        p, data, seen = result.params.as_dict(), result.dataset, result.summary
         rate, _, phases, _, anywhere, lengths, *made = result.findings
         spread = float((data["layer_entropy_rest_nats"] - data["layer_entropy_nats"]).mean())
         at = f"T = {p['horizon']}, epsilon = {p['epsilon']:g}"
         over_depth = {
-            label: 100 * data[name].mean(("text", "head"))
-            for label, name in (("position 0", "sink_rate"), ("any", "sink_rate_any"), ("another", "sink_rate_other"))
+            label: 100 * sink_summary.share_of_texts(seen, place).mean("head")
+            for label, place in (("position 0", "first"), ("any", "any"), ("another", "other"))
         }
         return {
             "depth": plots.lines(
@@ -223,7 +227,7 @@ class AttentionSinks(Analysis):
                 alt="Percentage of heads with a sink at position 0, anywhere, and elsewhere, against layer.",
             ),
             "heads": plots.heatmap(
-                100 * data["sink_rate"].mean("text"), title=rate.claim, unit="percent",
+                100 * sink_summary.share_of_texts(seen, "first"), title=rate.claim, unit="percent",
                 quantity="texts in which position 0 is a sink", low=0, high=100,
                 caption=f"{result.about} Share of texts in which position 0 is a sink of the head, {at}.",
                 alt="Heatmap over layer and head of how often position 0 is a sink.",
@@ -267,19 +271,19 @@ class AttentionSinks(Analysis):
                 plots.Quantity("mean attention paid to position 0", "share", first, low=0, high=1),
                 plots.Quantity("mean row entropy", "nats", entropy, low=0),
             ),
-            caption=f"{result.about} Means over all layers and heads.",
+            caption=f"{result.about_shown} Means over all layers and heads.",
             alt="The text, each token coloured by the share of (layer, head) pairs for which it is a sink.",
         )
 
 
 def _anywhere(result: Result) -> Finding:
     """Sinks at any position, and at any but position 0, at T."""
-    p, data = result.params.as_dict(), result.dataset
-    some, other = (text_mean(100 * data[f"sink_rate_{w}"].mean(("layer", "head")).values) for w in ("any", "other"))
+    p, data, seen = result.params.as_dict(), result.dataset, result.summary
+    some, other = (estimate(seen[f"rate_{where}"].values) for where in ("any", "other"))
     n_tokens, other = p["horizon"], other.within(0, 100)
     null = 100.0 * sinks.sinks_of(sinks.uniform_received(n_tokens), p["epsilon"], p["tail"])["other"]
     by_key = np.nan_to_num(data["sink_rate_by_key"].values[1:])
-    by_layer = 100 * data["sink_rate_other"].mean(("text", "head")).values
+    by_layer = 100 * sink_summary.share_of_texts(seen, "other").mean("head").values
     key, layer = int(by_key.argmax()) + 1, int(by_layer.argmax())
     most = f", most often position {key} ({by_key[key - 1]:.1f} %), most of all in block {layer}"
     return Finding(
@@ -292,9 +296,9 @@ def _anywhere(result: Result) -> Finding:
 
 def _lengths(result: Result) -> Finding:
     """The rate at the longest T, and how far it is from the one at the shortest."""
-    rates, epsilon = result["sink_rate_by_length"], result.params.as_dict()["epsilon"]
+    rates, epsilon = result.summary["length_rates"], result.params.as_dict()["epsilon"]
     lengths, uniform = (rates["query"].values + 1).tolist(), result["uniform_by_length"].values
-    longest, means = text_mean(rates.values[:, -1]).within(0, 100), rates.values.mean(axis=0).round(2).tolist()
+    longest, means = estimate(rates.values[-1]).within(0, 100), [round(estimate(m).value, 2) for m in rates.values]
     return Finding(
         f"Sink_1 is {means[0]:.1f} % at T = {lengths[0]} and {longest.value:.1f} % at T = {lengths[-1]}, which are not "
         f"comparable: H_T / T, the share under uniform attention, is {uniform[0]:.2f} and {uniform[-1]:.2f}.",
@@ -343,24 +347,20 @@ def _tokens(result: Result) -> plots.Figure:
     return plots.heatmap(
         result.dataset.isel(token=result["text"].values == first)["sink_share"],
         title="Which tokens are sinks, and in which layers", unit="share of heads", quantity="sink", low=0, high=1,
-        caption=f"{result.about} Text {first}; received attention over the whole text, tail greyed out.",
+        caption=f"{result.about_shown} Text {first}; received attention over the whole text, tail greyed out.",
         alt="Heatmap over layer and token of the share of heads for which the token is a sink.",
     )  # fmt: skip
 
 
 def _draw_lengths(result: Result, title: str) -> dict[str, plots.Drawing]:
     """The sweep over T: rates, and the mean attention that they are made of."""
-    axis, epsilon, uniform = (
-        "tokens per text (T)",
-        result.params.as_dict()["epsilon"],
-        result["uniform_by_length"].values,
-    )
-    lengths = (result["query"].values + 1).astype(str).astype(object)
+    axis, epsilon = "tokens per text (T)", result.params.as_dict()["epsilon"]
+    seen, uniform = result.summary, result["uniform_by_length"].values
 
     def curve(values: np.ndarray) -> xr.DataArray:
-        return xr.DataArray(values, {axis: lengths}, [axis])
+        return xr.DataArray(values, {axis: (seen["query"].values + 1).astype(str).astype(object)}, [axis])
 
-    means = [text_mean(column).within(0, 100) for column in result["sink_rate_by_length"].values.T]
+    means = [estimate(row).within(0, 100) for row in seen["length_rates"].values]
     ends, rates = np.array([m.ci95 or (np.nan, np.nan) for m in means]), np.array([m.value for m in means])
     return {
         "lengths": plots.lines(
@@ -371,7 +371,7 @@ def _draw_lengths(result: Result, title: str) -> dict[str, plots.Drawing]:
             alt="Sink rate at position 0 against the length of the text, beside that of uniform attention.",
         ),
         "received_lengths": plots.lines(
-            {"position 0": curve(result["received_by_length"].mean("text").values), sinks.UNIFORM: curve(uniform)},
+            {"position 0": curve((seen["length_received"] / seen["texts"]).values), sinks.UNIFORM: curve(uniform)},
             title="What position 0 receives falls with the length of the text", unit="share",
             quantity="mean attention received", reference=(epsilon, "epsilon"),
             caption=f"{result.about} Mean over (layer, head) pairs and texts; under uniform attention H_T / T.",

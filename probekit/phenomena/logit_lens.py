@@ -9,10 +9,10 @@ import numpy as np
 import xarray as xr
 
 from probekit import plots
-from probekit.analysis import Analysis, Finding, Measure, Params, Result, param, register
+from probekit.analysis import Analysis, Finding, Measure, Params, Result, Statistic, param, register
 from probekit.core import Capture, Forward, ModelInfo, Trace
 from probekit.reduce import LensRef, Readout, open_lens
-from probekit.stats import text_mean, token_mean, units
+from probekit.stats import both_units, estimate, text_moments, token_moments
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,18 @@ class LogitLens(Analysis):
         "agreement_null": Measure(("layer",), "share", "the same against the final predictions of other positions"),
     }
 
+    statistics = {
+        "settled": Statistic(("unit", "moment"), "layer at which a prediction settles, over tokens"),
+        "agree": Statistic(("layer", "unit", "moment"), "whether the likeliest token is the final one, over tokens"),
+        "informative": Statistic(("unit", "moment"), "layer from which a unit's mean beats a uniform guess"),
+        "tokens": Statistic((), "tokens"),
+        "known": Statistic((), "tokens whose next one is known"),
+        "logprob_sum": Statistic(("layer",), "sum of the log-probabilities of the tokens that follow"),
+        "kl_sum": Statistic(("layer",), "sum of KL(final ‖ layer)"),
+        "entropy_sum": Statistic(("layer",), "sum of the entropies"),
+        "predicted": Statistic(("layer", "vocab"), "how often each token is the layer's likeliest"),
+    }
+
     def observe(self, params: LensParams, info: ModelInfo) -> Forward:
         """The readout of every layer."""
         if (reader := params.reader) is not None:
@@ -123,14 +135,44 @@ class LogitLens(Analysis):
         reader = _reader(result.dataset)
         return reader[:1].upper() + reader[1:]
 
+    def summarise(self, dataset: xr.Dataset, params: LensParams) -> xr.Dataset:
+        """Moments of the findings, sums of the curves, and how often each layer predicts each token."""
+        texts, pos = dataset["text"].values, dataset["pos"].values
+        best, logprob = dataset["top_id"].isel(rank=0).values, dataset["logprob_nats"].values.astype(float)
+        known, d_vocab = np.isfinite(logprob[-1]), dataset.attrs["d_vocab"]
+        moments = ("unit", "moment")
+        sums = {n: ("layer", dataset[f"{n[:-4]}_nats"].values.sum(1, dtype=float)) for n in ("kl_sum", "entropy_sum")}
+        return xr.Dataset(
+            {
+                "settled": (moments, token_moments(dataset["settled_layer"].values, texts, pos)),
+                "agree": (("layer", *moments), token_moments((best == best[-1]).astype(float), texts, pos)),
+                "informative": (moments, _informative_units(logprob[:, known], texts[known], pos[known], d_vocab)),
+                "tokens": len(texts),
+                "known": int(known.sum()),
+                "logprob_sum": ("layer", logprob[:, known].sum(1)),
+                **sums,
+                "predicted": (("layer", "vocab"), np.stack([np.bincount(ids, minlength=d_vocab) for ids in best])),
+            },
+            coords={"layer": dataset["layer"].values},
+            attrs={"d_vocab": d_vocab},
+        )
+
+    def totals(self, summary: xr.Dataset, params: LensParams) -> dict[str, xr.DataArray]:
+        """Agreement, and agreement by chance."""
+        agree = summary["agree"].isel(unit=0)
+        chances = _by_chance(summary["predicted"].values, agree.isel(moment=2).values)
+        return {
+            "agreement": agree.isel(moment=2) / agree.isel(moment=1),
+            "agreement_null": xr.DataArray(chances, dims="layer"),
+        }
+
     def findings(self, result: Result) -> list[Finding]:
         """Where the lens becomes informative, where predictions settle, how early they agree."""
-        data, texts, pos = result.dataset, result["text"].values, result["pos"].values
+        data, seen = result.dataset, result.summary
         n_layers = data.sizes["layer"]
-        settled = token_mean(data["settled_layer"].values, texts, pos)
+        settled = estimate(seen["settled"].values)
         late = max(0, min((3 * n_layers) // 4, n_layers - 2))
-        best = data["top_id"].isel(rank=0).values
-        agree = token_mean((best[late] == best[-1]).astype(float), texts, pos).within(0, 1)
+        agree = estimate(seen["agree"].values[late]).within(0, 1)
         chance = float(data["agreement_null"][late])
         return [
             self._informative(result),
@@ -148,21 +190,17 @@ class LogitLens(Analysis):
         ]  # fmt: skip
 
     def _informative(self, result: Result) -> Finding:
-        data = result.dataset
+        data = result.summary
         n_layers, uniform = data.sizes["layer"], -float(np.log(data.attrs["d_vocab"]))
-        unit, name = units(result["text"].values, result["pos"].values)
-        logprob = data["logprob_nats"].values
-        known = np.isfinite(logprob[-1])
-        curves = [logprob[:, known & (unit == u)].mean(axis=1) for u in np.unique(unit[known])]
-        from_layer = text_mean(np.array([_informative_from(c, uniform) for c in curves], dtype=float), name)
-        pooled = _informative_from(logprob[:, known].mean(axis=1), uniform)
+        from_layer = estimate(data["informative"].values)
+        pooled = _informative_from((data["logprob_sum"] / data["known"]).values, uniform)
         if pooled == n_layers:
             claim = f"Even the last block is no better than a uniform guess ({uniform:.1f} nats)."
         elif pooled == 0:
-            claim = f"The {_reader(data)} beats a uniform guess ({uniform:.1f} nats) from the first block on."
+            claim = f"The {_reader(result.dataset)} beats a uniform guess ({uniform:.1f} nats) from the first block on."
         else:
             claim = (
-                f"The {_reader(data)} beats a uniform guess ({uniform:.1f} nats) only from block {pooled} on: "
+                f"The {_reader(result.dataset)} beats a uniform guess ({uniform:.1f} nats) only from block {pooled} on: "
                 f"in the last {1 - pooled / n_layers:.0%} of the depth."
             )
         return Finding(
@@ -172,12 +210,12 @@ class LogitLens(Analysis):
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
         """Curves over depth, the classic layer × token map, and the text by where it settles."""
-        data = result.dataset
+        data, seen = result.dataset, result.summary
         informative, settled, agree = result.findings
         uniform, about = -float(np.log(data.attrs["d_vocab"])), _about(result)
         return {
             "logprob": plots.lines(
-                {"log-probability of the next token": data["logprob_nats"].mean("token")},
+                {"log-probability of the next token": seen["logprob_sum"] / seen["known"]},
                 title=informative.claim,
                 unit="nats",
                 reference=(uniform, f"uniform guess, {uniform:.1f}"),
@@ -185,7 +223,7 @@ class LogitLens(Analysis):
                 alt="Mean log-probability of the next token against layer, with a uniform guess as a level line.",
             ),
             "kl": plots.lines(
-                {"KL(final ‖ layer)": data["kl_nats"].mean("token"), "entropy": data["entropy_nats"].mean("token")},
+                {"KL(final ‖ layer)": seen["kl_sum"] / seen["tokens"], "entropy": seen["entropy_sum"] / seen["tokens"]},
                 title=f"How far each layer's reading{_by(data)} is from the final distribution",
                 unit="nats",
                 quantity="mean",
@@ -217,7 +255,7 @@ class LogitLens(Analysis):
             quantity="entropy",
             low=0.0,
             hover=hover,
-            caption=f"{_about(result)} The first {data.sizes['token']} tokens of text {first}; dark = undecided.",
+            caption=f"{_about(result, shown=True)} The first {data.sizes['token']} tokens of text {first}; dark = undecided.",
             alt="Heatmap of the lens' entropy over layers and the first tokens; hover lists the likeliest tokens.",
         )
 
@@ -245,7 +283,7 @@ class LogitLens(Analysis):
                     "rank of the next token, last layer", "1", data["target_rank"].isel(layer=-1).values + 1, "log"
                 ),
             ),
-            caption=f"{_about(result)} The colour belongs to the position that predicts.",
+            caption=f"{_about(result, shown=True)} The colour belongs to the position that predicts.",
             alt="The text, each token coloured by the layer at which the prediction of the next one is settled.",
             notes=tuple(f"next: {w}" for w in words.values),
         )
@@ -259,21 +297,35 @@ def _by(data: xr.Dataset) -> str:
     return f" by the {data.attrs['lens']}" if data.attrs.get("lens") else ""
 
 
-def _about(result: Result) -> str:
-    """Model and corpus, and the lens if it is not the logit lens."""
-    return f"{result.about}{f' Read by the {_reader(result.dataset)}.' if result.dataset.attrs.get('lens') else ''}"
+def _about(result: Result, *, shown: bool = False) -> str:
+    """Model and corpus, and the lens if it is not the logit lens; `shown`: and how many of the texts are shown."""
+    about = result.about_shown if shown else result.about
+    return f"{about}{f' Read by the {_reader(result.dataset)}.' if result.dataset.attrs.get('lens') else ''}"
 
 
 def _chance(best: np.ndarray) -> list[float]:
     """Per layer, how often its predictions equal the final predictions of other positions."""
-    final_ids, final_counts = np.unique(best[-1], return_counts=True)
-    n, chances = best.shape[1], []
-    for layer in best:
-        ids, counts = np.unique(layer, return_counts=True)
-        _, here, there = np.intersect1d(ids, final_ids, return_indices=True)
-        pairs = float((counts[here] * final_counts[there]).sum()) - float((layer == best[-1]).sum())
-        chances.append(pairs / (n * (n - 1)) if n > 1 else float("nan"))
-    return chances
+    ids, place = np.unique(best, return_inverse=True)
+    counts = np.stack([np.bincount(row, minlength=len(ids)) for row in place.reshape(best.shape)])
+    return _by_chance(counts, (best == best[-1]).sum(1))
+
+
+def _by_chance(counts: np.ndarray, same: np.ndarray) -> list[float]:
+    """The same from how often each layer predicts each token, and how often it predicts the final one."""
+    n = float(counts[-1].sum())
+    pairs = counts.astype(float) @ counts[-1].astype(float) - same
+    return [float(p) / (n * (n - 1)) if n > 1 else float("nan") for p in pairs]
+
+
+def _informative_units(logprob: np.ndarray, texts: np.ndarray, pos: np.ndarray, d_vocab: int) -> np.ndarray:
+    """Moments, by texts and by blocks, of the layer from which on the mean of each beats a uniform guess."""
+    made = []
+    for unit in both_units(texts, pos):
+        curves = np.stack([np.bincount(unit, row) for row in logprob]) / np.bincount(unit)
+        made.append(
+            text_moments(np.array([_informative_from(c, -float(np.log(d_vocab))) for c in curves.T], dtype=float))
+        )
+    return np.stack(made)
 
 
 def _informative_from(logprob: np.ndarray, uniform: float) -> int:

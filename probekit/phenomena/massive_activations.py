@@ -8,11 +8,11 @@ import numpy as np
 import xarray as xr
 
 from probekit import plots
-from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, fmt, param, register
+from probekit.analysis import Analysis, Finding, Flow, Measure, Params, Result, Statistic, fmt, param, register
 from probekit.core import Batch, Capture, Forward, InputError, ModelInfo, Trace
-from probekit.methods import extremes
+from probekit.methods import extremes, massive_summary
 from probekit.reduce import BlockNorms, MedianMagnitude, NextToken, Norm, TopMagnitudes
-from probekit.stats import Estimate, text_mean, token_mean
+from probekit.stats import Estimate, estimate, text_mean, token_mean
 
 _LOSS = Capture("logits", NextToken())  # what token-uncertainty looks at by default, so that both share it
 _BLOCKS = Capture("resid_post", BlockNorms())
@@ -107,6 +107,11 @@ class MassiveActivations(Analysis):
             "end of a text"),
         "perplexity": Measure(("case",), "1", "exp of the mean loss over all tokens that are predicted"),
     }  # fmt: skip
+    statistics = {name: Statistic(*how) for name, how in massive_summary.STATISTICS.items()}
+
+    def cannot_stream(self, params: MassiveParams) -> str:
+        """Interventions take means over all texts."""
+        return "interventions need the means over all texts; leave out intervene" if params.intervene else ""
 
     def passes(self, params: MassiveParams, info: ModelInfo, batch: Batch) -> int:
         """One; with interventions, one more for each. Without other texts there is no mean."""
@@ -134,6 +139,14 @@ class MassiveActivations(Analysis):
             cut = {"block": block, "n_entries": len(entries), "n_averaged": len(cases.get("mean", ()))}
         return _dataset(trace, params, largest, loss).assign_attrs(d_model=info.d_model, intervention=cut)
 
+    def summarise(self, dataset: xr.Dataset, params: MassiveParams) -> xr.Dataset:
+        """Moments and sums over texts."""
+        return massive_summary.summarise(dataset, params.min_magnitude, params.ratio)
+
+    def totals(self, summary: xr.Dataset, params: MassiveParams) -> dict[str, xr.DataArray]:
+        """Massive entries by layer and dimension, and the perplexity."""
+        return massive_summary.totals(summary)
+
     def findings(self, result: Result) -> list[Finding]:
         """The largest entry, its writer and erasers, who carries massive entries and where, and whether they matter."""
         massive = bool((result["n_massive_loose"] > 0).any())
@@ -141,15 +154,10 @@ class MassiveActivations(Analysis):
         return [self._largest(result), *followed, self._layers(result), *_removal(result)]
 
     def _largest(self, result: Result) -> Finding:
-        data = result.dataset
-        peaks = abs(data["peak_path"]).max("layer").values
-        medians = data["median"].values[data["peak_layer"].values, np.arange(len(peaks))]
-        ratio, size = text_mean(peaks / medians), text_mean(peaks)
-        dim, pos = _most_common(np.stack([data["peak_dim"].values, data["peak_pos"].values], axis=1))
-        lengths = np.bincount(np.unique(result["text"].values, return_inverse=True)[1])
-        null = float(
-            np.mean([extremes.gaussian_ratio(n * data.attrs["d_model"] * data.sizes["layer"]) for n in lengths])
-        )
+        data, seen = result.dataset, result.summary
+        ratio, size = estimate(seen["times_median"].values), estimate(seen["magnitude"].values)
+        dim, pos = massive_summary.commonest(seen["places"].item())
+        null = float(seen["gaussian"] / seen["texts"])
         massive = bool((data["n_massive_loose"] > 0).any())
         lead = "A massive activation reaches" if massive else "The largest activation is not massive: it has"
         return Finding(
@@ -160,30 +168,26 @@ class MassiveActivations(Analysis):
         )  # fmt: skip
 
     def _written(self, result: Result) -> Finding:
-        data = result.dataset
-        path = np.nan_to_num(np.abs(data["peak_path"].values))
-        writer = int(_most_common(data["writer"].values[:, None])[0])
-        before = path[writer - 1] if writer else np.zeros(path.shape[1])
-        grown = text_mean(path[writer] - before)
-        steps = np.abs(np.diff(path, axis=0, prepend=0.0))
-        typical = float(np.median(np.delete(steps, writer, axis=0)))
-        share = float((data["writer"].values == writer).mean())
-        mlp = float(data["writer_mlp_share"].values[data["writer"].values == writer].mean())
+        seen = result.summary
+        n, writers = int(seen["texts"]), seen["writers"].values
+        writer = int(writers.argmax())
+        grown = estimate(seen["grown"].values[writer])
+        typical, share = float(seen["elsewhere"][writer]) / n, writers[writer] / n
+        mlp = float(seen["mlp_shares"][writer]) / writers[writer]
         part, other = ("MLP", "attention") if mlp > 0.5 else ("attention", "MLP")
         return Finding(
             f"Block {writer} writes it, with its {part} rather than its {other} ({max(mlp, 1 - mlp):.0%} of what "
             f"both add, by norm): its magnitude grows by {fmt(grown.value)} (the writer in {share:.0%} of texts).",
-            grown.value, "activation", typical, "median change per block elsewhere", grown.ci95, grown.n, grown.n_unit,
+            grown.value, "activation", typical, "median change elsewhere, mean over texts", grown.ci95, grown.n, grown.n_unit,
             {"layer": writer, "part": part},
         )  # fmt: skip
 
     def _erased(self, result: Result) -> Finding:
-        path = np.nan_to_num(np.abs(result["peak_path"].values))
-        peak = path.max(axis=0)
-        gone = text_mean(1 - path[-1] / np.maximum(peak, 1e-30)).within(0, 1)
-        lost = -np.diff(path, axis=0).mean(axis=1) / max(float(peak.mean()), 1e-30)
-        peak_layer = int(path.mean(axis=1).argmax())
-        erasers = [i + 1 for i, share in enumerate(lost) if share >= 0.1 and i >= peak_layer]
+        seen = result.summary
+        gone, peak = estimate(seen["gone"].values).within(0, 1), estimate(seen["magnitude"].values).value
+        path = seen["path_sum"].values / float(seen["texts"])
+        lost = -np.diff(path) / max(peak, 1e-30)
+        erasers = [i + 1 for i, share in enumerate(lost) if share >= 0.1 and i >= int(path.argmax())]
         named = " and ".join(filter(None, (", ".join(map(str, erasers[:-1])), *map(str, erasers[-1:]))))
         one = len(erasers) == 1
         who = f"Block{'s' * (not one)} {named} take{'s' * one} it down" if erasers else "No block takes it down"
@@ -194,9 +198,8 @@ class MassiveActivations(Analysis):
         )  # fmt: skip
 
     def _layers(self, result: Result) -> Finding:
-        data, p, text = result.dataset, result.params.as_dict(), result["text"].values
-        hit = (data["times_median"] > p["ratio"]) & (np.abs(data["value"].isel(rank=0)) > p["min_magnitude"])
-        count = text_mean(np.array([hit.values[:, text == t].any(axis=1).sum() for t in np.unique(text)], dtype=float))
+        data, p = result.dataset, result.params.as_dict()
+        count = estimate(result.summary["massive_blocks"].values)
         strict = np.flatnonzero(data["n_massive"].values > 0)
         loose = np.flatnonzero(data["n_massive_loose"].values > 0)
         also = sorted(set(loose.tolist()) - set(strict.tolist()))
@@ -215,19 +218,16 @@ class MassiveActivations(Analysis):
         data, found = result.dataset, result.findings
         largest, layers = found[0], next(f for f in found if "strict" in f.where)
         path_title = found[1].claim if found[1] is not layers else "The largest entry of each text through depth"
-        magnitude = abs(data["value"])
-        curves = {
-            f"{_ORDINAL[r]}largest magnitude": magnitude.isel(rank=r).max("token")
-            for r in range(min(3, data.sizes["rank"]))
-        }
-        n = len(np.unique(result["text"].values))
-        path = abs(data["peak_path"]).mean("text").rename("magnitude")
+        seen = result.summary
+        n, ranks = int(seen["texts"]), range(min(3, data.sizes["rank"]))
+        curves = {f"{_ORDINAL[r]}largest magnitude": seen["largest"].isel(rank=r) for r in ranks}
+        path = (seen["path_sum"] / seen["path_known"].where(seen["path_known"] > 0)).rename("magnitude")
         first = int(result["text"].values[0])
         removal = {"removal": _losses_drawn(result)} if data.sizes["case"] > 1 else {}
         about, kept = result.about, result.params.as_dict()["top_k"]
         return {
             "magnitudes": plots.lines(
-                curves | {"median": data["median"].mean("text")}, title=largest.claim, unit="activation",
+                curves | {"median": seen["median_sum"] / n}, title=largest.claim, unit="activation",
                 quantity="magnitude", log_y=True,
                 caption=f"{about} Largest entries of any token after each block, and the median over all entries.",
                 alt="Largest, second and third largest magnitude and the median magnitude against layer, logarithmic.",
@@ -269,7 +269,7 @@ class MassiveActivations(Analysis):
                 plots.Quantity("largest norm at any layer", "activation", norm, "log"),
                 *changed,
             ),
-            caption=f"{result.about} Hover for the token's role, and the layer and dimension of its largest entry."
+            caption=f"{result.about_shown} Hover for the token's role, and the layer and dimension of its largest entry."
             + " A change of loss belongs to the position that predicts." * bool(changed),
             alt="The text, each token coloured by its largest entry in units of the layer's median.",
             notes=tuple(
@@ -310,30 +310,22 @@ def _dataset(trace: Trace, params: MassiveParams, largest: extremes.Largest, los
     return xr.Dataset(ordered, coords={"case": np.array([*loss], dtype=object)})
 
 
-def _most_common(rows: np.ndarray) -> tuple[int, ...]:
-    found, counts = np.unique(rows, axis=0, return_counts=True)
-    return tuple(int(x) for x in found[counts.argmax()])
-
-
 def _carriers(result: Result) -> Finding:
     """Which tokens and dimensions hold massive entries; by the looser multiple where none passes the strict one."""
-    data = result.dataset
-    end = "" if (data["massive_layers"] > 0).any() else "_loose"
-    held, n_of_dim = data[f"massive_layers{end}"].values > 0, data[f"dim_texts{end}"].values
-    text, role = data["text"].values, data["role"].values
+    data, seen = result.dataset, result.summary
+    end = "" if (data["n_massive"] > 0).any() else "_loose"
+    n_of_dim, held = data[f"dim_texts{end}"].values, seen[f"carriers{end}"].values
     dims = [int(d) for d in np.argsort(-n_of_dim, kind="stable") if n_of_dim[d]]
     named = ", ".join(f"{d} ({n_of_dim[d]})" for d in dims[:5]) + ", …" * (len(dims) > 5)
-    with_one = np.unique(text[held])
-    first = role == extremes.ROLES[0]
-    share = text_mean(np.array([first[held & (text == t)].mean() for t in with_one])).within(0, 1)
-    chance = float(np.mean([1 / (text == t).sum() for t in with_one]))
-    n = len(np.unique(text))
+    share = estimate(seen[f"first{end}"].values).within(0, 1)
+    chance, n = float(seen[f"chance{end}"]) / share.n, int(seen["texts"])
+    where = extremes.carriers_said(seen[f"carrier_texts{end}"].values.tolist(), seen[f"carrier_words{end}"].item())
     return Finding(
         f"Of {n} text{'s' * (n != 1)}, {'loosely ' * bool(end)}massive entries lie at "
-        f"{extremes.carriers_in_words(held, role, data['token_str'].values, text)}; in dimensions (texts) {named}.",
+        f"{where}; in dimensions (texts) {named}.",
         share.value, "share of their tokens at the first position", chance, "tokens at any position alike",
         share.ci95, share.n, share.n_unit,
-        {**{name: int((held & (role == name)).sum()) for name in extremes.ROLES}, "dims": dims},
+        {**dict(zip(extremes.ROLES, held.astype(int).tolist(), strict=True)), "dims": dims},
     )  # fmt: skip
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import xarray as xr
 
 from probekit import plots
-from probekit.analysis import Analysis, Finding, Measure, Params, Result, fmt, param, register
+from probekit.analysis import Analysis, Finding, Measure, Params, Result, Statistic, fmt, param, register
 from probekit.core import Capture, Forward, ModelInfo, Trace
+from probekit.methods import levels
 from probekit.reduce import NextToken
-from probekit.stats import Estimate, ratio, token_mean, units
+from probekit.stats import Estimate, estimate, token_moments
 
 N_BINS = 10
 
@@ -38,7 +39,8 @@ class TokenUncertainty(Analysis):
         margin = ln p of the likeliest token minus that of the second, and, for the token that really
         follows, surprisal -ln p and rank (0 = it was the likeliest). Everything is stored at the
         position that predicts; the last token of a text predicts nothing that is known. All tokens
-        weigh the same.
+        weigh the same. The high-entropy minority is cut on 1024 levels of entropy from 0 to ln V, within
+        which tokens count as spread evenly; over a streamed corpus so are the tenths.
 
     Null:
         A uniform guess has entropy ln V. A calibrated model is on average exactly as surprised as it
@@ -72,6 +74,20 @@ class TokenUncertainty(Analysis):
         "binned_surprisal_nats": Measure(("bin",), "nats", "mean surprisal of the same tokens"),
     }
 
+    statistics = {
+        "gap": Statistic(("unit", "moment"), "surprisal minus entropy, over tokens"),
+        "entropy": Statistic(("unit", "moment"), "entropy, over tokens"),
+        "level_tokens": Statistic(("bin",), "tokens by level of entropy"),
+        "level_known": Statistic(("bin",), "tokens by level whose next one is known"),
+        "level_entropy": Statistic(("bin",), "sum of their entropy"),
+        "level_surprisal": Statistic(("bin",), "sum of their surprisal"),
+        "above": Statistic(("unit", "bin"), "entropy held from a level on, summed over units"),
+        "above_by_all": Statistic(("unit", "bin"), "the same times all entropy of the unit"),
+        "above_squared": Statistic(("unit", "bin"), "the same squared"),
+        "above_by_next": Statistic(("unit", "bin"), "the same times that from the next level on"),
+        "entropy_all": Statistic(("unit", "moment"), "entropy of a unit, weighted by itself"),
+    }
+
     def observe(self, params: UncertaintyParams, info: ModelInfo) -> Forward:
         """The model's own distribution at every token."""
         return Forward((Capture("logits", NextToken(params.top_k)),))
@@ -101,12 +117,26 @@ class TokenUncertainty(Analysis):
             attrs={"d_vocab": trace.info.d_vocab},
         )
 
+    def summarise(self, dataset: xr.Dataset, params: UncertaintyParams) -> xr.Dataset:
+        """Moments of gap and entropy, and tokens by level of entropy."""
+        texts, pos = dataset["text"].values, dataset["pos"].values
+        entropy, surprisal = dataset["entropy_nats"].values, dataset["surprisal_nats"].values
+        d_vocab = dataset.attrs["d_vocab"]
+        found = levels.ladder(entropy, surprisal, texts, pos, float(np.log(d_vocab)))
+        axes = ("unit", "moment")
+        means = {"gap": surprisal.astype(float) - entropy, "entropy": entropy}
+        return found.assign({n: (axes, token_moments(v, texts, pos)) for n, v in means.items()}).assign_attrs(
+            d_vocab=d_vocab
+        )
+
+    def totals(self, summary: xr.Dataset, params: UncertaintyParams) -> dict[str, xr.DataArray]:
+        """The calibration curve, on the levels."""
+        return levels.tenths(summary, N_BINS)
+
     def findings(self, result: Result) -> list[Finding]:
         """Calibration, mean entropy, and how concentrated uncertainty is."""
-        data, texts, pos = result.dataset, result["text"].values, result["pos"].values
-        entropy, surprisal = data["entropy_nats"].values, data["surprisal_nats"].values
-        gap = token_mean(surprisal - entropy, texts, pos)
-        mean = token_mean(entropy, texts, pos)
+        data = result.summary
+        gap, mean = estimate(data["gap"].values), estimate(data["entropy"].values)
         limit = float(np.log(data.attrs["d_vocab"]))
         return [
             Finding(
@@ -118,18 +148,13 @@ class TokenUncertainty(Analysis):
                 f"as if {fmt(float(np.exp(mean.value)))} tokens were equally likely.",
                 mean.value, "nats", limit, "uniform over the vocabulary", mean.ci95, mean.n, mean.n_unit,
             ),
-            *([self._concentration(result, entropy, texts, pos)] if entropy.sum() > 0 else []),
+            *([self._concentration(result)] if mean.value > 0 else []),
         ]  # fmt: skip
 
-    def _concentration(self, result: Result, entropy: np.ndarray, texts: np.ndarray, pos: np.ndarray) -> Finding:
+    def _concentration(self, result: Result) -> Finding:
         share = result.params.as_dict()["high_share"]
-        n_high = max(1, round(share * len(entropy)))
-        high = np.zeros(len(entropy), dtype=bool)
-        high[np.argsort(-entropy, kind="stable")[:n_high]] = True
-        unit, name = units(texts, pos)
-        held = ratio(np.bincount(unit, entropy * high), np.bincount(unit, entropy), name).within(0, 1)
-        exact = n_high / len(entropy)
-        least = float(entropy[high].min())
+        held, exact, level = levels.top_share(result.summary, share)
+        held, least = held.within(0, 1), level * float(np.log(result.summary.attrs["d_vocab"]))
         return Finding(
             f"The {share:.0%} of tokens with the highest entropy (at least {fmt(least)} nats) hold "
             f"{held.value:.0%} of all uncertainty.",
@@ -174,7 +199,7 @@ class TokenUncertainty(Analysis):
                 plots.Quantity("margin of the next token", "nats", data["margin_nats"].values, low=0.0),
                 plots.Quantity("rank of this token", "1", of_this("target_rank") + 1, "log"),
             ),
-            caption=f"{result.about} Hover a token for its numbers and for what the model expects next.",
+            caption=f"{result.about_shown} Hover a token for its numbers and for what the model expects next.",
             alt="The text, each token coloured by how uncertain or surprising it is.",
             notes=tuple(f"next: {w}" for w in words.values),
         )

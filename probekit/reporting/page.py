@@ -67,6 +67,11 @@ def _corpus_line(results: Results, manifest: Mapping[str, Any]) -> str:
     if name:
         parts.append(printable(str(name)))
     for result in results.values():
+        if result.merged is not None:  # its dataset holds the texts that are shown
+            about = result.provenance["texts"]
+            parts += [_count(about["n_texts"], "text"), _count(about["n_tokens"], "token")]
+            parts += [f"left out: {n:,} {why}" for why, n in about.get("left out", {}).items()]
+            break
         if "token" in result.dataset.sizes and "text" in result.dataset.coords:
             texts = len(set(result.dataset["text"].values.tolist()))
             parts.append(_count(texts, "text"))
