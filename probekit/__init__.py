@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from .streaming import load_rows as load_rows
     from .streaming import plan_stream as plan_stream
     from .streaming import stream as stream
+    from .studies import Study as Study
+    from .studies import compare as compare
     from .tuning import Pair as Pair
     from .tuning import tune_pair as tune_pair
     from .writes import Writes as Writes
@@ -116,6 +118,7 @@ _WHERE = {
     "Step": "engine",
     "Statistic": "analysis",
     "StreamPlan": "streaming",
+    "Study": "studies",
     "TokenBook": "cards",
     "TokenCard": "cards",
     "TokenCards": "cards",
@@ -125,6 +128,7 @@ _WHERE = {
     "branch": "api",
     "cache": "activation_cache",
     "collect": "probing",
+    "compare": "studies",
     "demo_texts": "demo",
     "difference_of_means": "effects",
     "effect": "effects",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from probekit.analysis import Result, Results, analyses, get_analyses
-from probekit.batches import make_batch
+from probekit.batches import make_batch, source_digest
 from probekit.core import (
     BosPolicy,
     Branch,
@@ -78,6 +78,7 @@ def run(
     bos: BosPolicy = "model",
     chat: Chat = False,
     window: int | None = None,
+    opening: int | None = None,
     memory_limit: int | None = None,
     progress: bool | Listener = True,
     journal: str | Path | None = None,
@@ -97,6 +98,7 @@ def run(
             is the system message. A text may then be a list of messages ({"role": …, "content": …}), also in JSON.
             The template's own special tokens are the only ones.
         window: cut each text into consecutive windows of so many tokens and treat them as texts.
+        opening: keep the first so many tokens of each text, and leave shorter texts out.
         memory_limit: bytes that may be used above the loaded model; most of the free memory if None.
         progress: show a progress bar where standard error is a terminal; or a function that is told of every `Step`.
             What it raises (such as `Cancelled`) ends the run and leaves the model as it was found.
@@ -115,13 +117,14 @@ def run(
     """
     jobs = make_jobs(names, params)
     opened = _open(model)
-    batch = make_batch(opened, jobs, texts, bos, window, chat)
+    batch = make_batch(opened, jobs, texts, bos, window, chat, opening=opening)
     others = {role: _open(other) for role, other in (models or {}).items()}
     if any(job.analysis.runs_model(job.params) for job in jobs):
         for one in (opened, *others.values()):
             if hasattr(one, "load"):
                 one.load()
-    corpus = {} if window is None else {"window": window}
+    about = {"window": window, "opening": opening, "source": source_digest(texts)}
+    corpus = {k: v for k, v in about.items() if v}
     results = run_jobs(
         jobs, opened, batch, memory_limit=memory_limit, progress=progress, corpus=corpus, journal=journal, others=others
     )
@@ -136,6 +139,7 @@ def plan(
     bos: BosPolicy = "model",
     chat: Chat = False,
     window: int | None = None,
+    opening: int | None = None,
     memory_limit: int | None = None,
     **params: Any,
 ) -> list[Plan]:
@@ -148,6 +152,7 @@ def plan(
         bos: as in `run`.
         chat: as in `run`.
         window: as in `run`.
+        opening: as in `run`.
         memory_limit: as in `run`.
         params: as in `run`.
 
@@ -159,7 +164,7 @@ def plan(
     """
     jobs = make_jobs(names, params)
     opened = _open(model)
-    batch = make_batch(opened, jobs, texts, bos, window, chat)
+    batch = make_batch(opened, jobs, texts, bos, window, chat, opening=opening)
     return first_plan(jobs, opened.info, batch, memory_limit)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +13,14 @@ from probekit.engine import Job, check_texts
 
 
 def make_batch(
-    model: Model, jobs: Sequence[Job], texts: Any, bos: BosPolicy, window: int | None, chat: Chat = False
+    model: Model,
+    jobs: Sequence[Job],
+    texts: Any,
+    bos: BosPolicy,
+    window: int | None,
+    chat: Chat = False,
+    *,
+    opening: int | None = None,
 ) -> Batch:
     """The exact tokens that will run, checked against what the analyses and the model need.
 
@@ -57,8 +66,32 @@ def make_batch(
         batch = batch.windows(window)
         if not len(batch):
             raise TextError(f"No text fills a window of {window} tokens; the longest has {longest}.")
+    if opening is not None:
+        batch = _openings(batch, opening)
     check_texts(jobs, batch, model.info.context_length)
     return batch
+
+
+def source_digest(texts: Any) -> str:
+    """sha256 over texts as they were given, before any model cut them into tokens; "" of texts that are tokens already.
+
+    Two models that read the same texts have this in common, whatever their tokenizers make of them.
+    """
+    if texts is None or isinstance(texts, Batch):
+        return ""
+    listed = [texts] if isinstance(texts, str) else texts
+    spelled = json.dumps(listed, ensure_ascii=False, sort_keys=True, default=str)
+    return f"sha256:{hashlib.sha256(spelled.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def _openings(batch: Batch, size: int) -> Batch:
+    """The first tokens of each text that has as many."""
+    if size < 2:
+        raise InputError(f"opening must be at least 2 tokens, found {size}.")
+    cut = batch.openings(size)
+    if not len(cut):
+        raise TextError(f"No text has {size} tokens for an opening; the longest has {max(batch.lengths, default=0)}.")
+    return cut
 
 
 def _as_strings(texts: Sequence[Any]) -> Batch:

@@ -64,10 +64,11 @@ PARTS: dict[str, May] = {
     "lens_command": May("core",                                     "lenses models"),
     "terminal":    May("core"),
     "streaming":   May("core analysis api batches engine texts _version", "models"),
+    "studies":     May("core analysis api batches engine plots texts", "models _version"),
     "stream_command": May("core analysis engine terminal",         "api models reporting streaming"),
     "cli":         May("__init__ core analysis api app_command batches catalog demo models texts reporting "
                        "stream_command terminal token_command lens_command tuning"),
-    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards effects lenses probing reduce streaming toys tuning writes shifts"),
+    "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards effects lenses probing reduce streaming studies toys tuning writes shifts"),
     "__main__":    May("cli"),
     "_version":    May(),
 }

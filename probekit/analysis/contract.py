@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -148,6 +148,10 @@ class Analysis:
     def heading(self, result: Result) -> str:
         """What a result is called in a report; says more than `title` where a parameter changes what was measured."""
         return self.title
+
+    def remarks(self, result: Result) -> Sequence[str]:
+        """What a reader has to know about this result beside its findings, such as what was left out; may be nothing."""
+        return ()
 
     def cannot_stream(self, params: Any) -> str:
         """Why it cannot run over a corpus shard by shard with these parameters, in words; "" if it can."""

@@ -24,6 +24,8 @@ class Finding:
         n_unit: what was resampled, such as "texts" or "blocks of 32 tokens".
         where: the place, such as {"layer": 11, "dim": 507}.
         analysis: name of the analysis; filled in by the engine.
+        quantity: what was measured, in a few words that are the same for every model and text, such as "heads with a
+            sink at position 0": results of several runs are laid side by side by it.
     """
 
     claim: str
@@ -36,6 +38,7 @@ class Finding:
     n_unit: str
     where: dict[str, Any] = field(default_factory=dict)
     analysis: str = ""
+    quantity: str = ""
 
     def __post_init__(self) -> None:
         if not self.claim or not self.unit or not self.null_meaning or not self.n_unit:

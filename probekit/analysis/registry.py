@@ -17,8 +17,15 @@ from probekit.core import InputError, unknown
 from .contract import Analysis
 
 _ANALYSES: dict[str, Analysis] = {}
-# Analyses of rows that a user collected: results load and show as others do, but nothing runs them by name.
-_COLLECTED = ("concept-erasure", "linear-probes", "linear-probes-of-numbers", "probe-steering")
+# Results of rows that a user collected, and of several runs: they load and show as others do, but nothing runs them by
+# name. Where each is found.
+_NOT_RUN = {
+    "concept-erasure": "probekit.probing.analyses",
+    "linear-probes": "probekit.probing.analyses",
+    "linear-probes-of-numbers": "probekit.probing.analyses",
+    "probe-steering": "probekit.probing.analyses",
+    "comparison": "probekit.studies.analyses",
+}
 A = TypeVar("A", bound=type[Analysis])
 
 
@@ -64,10 +71,8 @@ def get_analysis(name: str) -> Analysis:
         UnknownName: there is none; close matches are suggested.
     """
     found = _ANALYSES.get(name) or analyses().get(name)
-    if found is None and name in _COLLECTED:
-        from probekit.probing.analyses import ANALYSES
-
-        found = ANALYSES[name]
+    if found is None and name in _NOT_RUN:
+        found = importlib.import_module(_NOT_RUN[name]).ANALYSES[name]
     if found is None:
         raise unknown("analysis", name, analyses(), "`probekit list` shows them all.")
     return found

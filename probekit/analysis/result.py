@@ -109,12 +109,18 @@ class Result:
         )
         return (
             f"<h3>{html.escape(self.analysis.heading(self))}</h3>{findings_html(self.findings)}"
-            f"<p>variables of <code>.dataset</code>: {variables}</p>"
+            f"{self._remarks_html()}<p>variables of <code>.dataset</code>: {variables}</p>"
         )
+
+    def _remarks_html(self) -> str:
+        remarks = self.analysis.remarks(self)
+        return f"<ul>{''.join(f'<li>{html.escape(r)}</li>' for r in remarks)}</ul>" if remarks else ""
 
     def __repr__(self) -> str:
         lines = [f"Result of {self.name} ({dict(self.dataset.sizes)})"]
-        return "\n".join([*lines, *(f"  {f.claim} [{f.evidence}]" for f in self.findings)])
+        return "\n".join(
+            [*lines, *(f"  {f.claim} [{f.evidence}]" for f in self.findings), *self.analysis.remarks(self)]
+        )
 
 
 class Results(Mapping[str, Result]):

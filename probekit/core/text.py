@@ -128,6 +128,11 @@ class Batch:
         ]
         return Batch(tuple(cut), self.bos, begins=self.begins, template=self.template)
 
+    def openings(self, size: int) -> Batch:
+        """The first `size` tokens of each text; shorter texts are left out."""
+        cut = [replace(t, ids=t.ids[:size], strings=t.strings[:size], text="") for t in self.texts if len(t) >= size]
+        return Batch(tuple(cut), self.bos, begins=self.begins, template=self.template)
+
     @cached_property
     def digest(self) -> str:
         """sha256 over the token ids and text boundaries; over the string of a text that was not tokenised."""

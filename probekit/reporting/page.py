@@ -101,6 +101,7 @@ def _section(result: Result) -> dict[str, Any]:
         "open": [(h, prose(analysis.section(h))) for h in _OPEN_SECTIONS if analysis.section(h)],
         "folded": [(h, prose(analysis.section(h))) for h in _FOLDED_SECTIONS if analysis.section(h)],
         "findings": findings_table(result.findings),
+        "remarks": [printable(remark) for remark in analysis.remarks(result)],
         "drawings": drawings,
         "parameters": parameter_rows(result),
         "variables": variable_rows(result),

@@ -160,7 +160,8 @@ def _is_manifest(path: Path) -> bool:
 
 def _is_findings(path: Path) -> bool:
     data, names = _read_json(path), {f.name for f in fields(Finding)}
-    return isinstance(data, list) and all(isinstance(entry, dict) and set(entry) == names for entry in data)
+    needed = names - {"quantity"}  # which reports of version 0.1.0 lack
+    return isinstance(data, list) and all(isinstance(e, dict) and needed <= set(e) <= names for e in data)
 
 
 def _read_json(path: Path) -> Any:
