@@ -61,6 +61,15 @@ def all_runs(preset: Preset, options: dict[str, Any]) -> Iterator[Run]:
             yield done.result()
 
 
+def plan_of(preset: Preset, options: dict[str, Any]) -> str:
+    """What would be trained: settings, seeds, updates and tokens."""
+    lines = [f"preset {preset.name}, {options['processes']} at a time; a result is kept only when all have ended"]
+    for s in preset.settings:
+        seeds = options["seeds"] or s.n_seeds
+        lines.append(f"  {s.name:<16} {s.n_layers} layers, {seeds} seed{'s' * (seeds != 1)}, {s.steps:,} updates each")
+    return "\n".join(lines)
+
+
 def said_of(run: Run) -> str:
     """One line on a finished run."""
     end = run.measured[-1]
@@ -80,12 +89,16 @@ def main() -> None:
     parser.add_argument("--save-models", type=Path, help="folder for the trained models")
     parser.add_argument("--weights", type=Path, help="folder for the weights of seed 0 in float16, as they are shipped")
     parser.add_argument("--out", type=Path, default=Path("reports/bigram-backcopy"))
+    parser.add_argument("--plan", action="store_true", help="say what would be trained, and stop")
     options = vars(parser.parse_args())
     preset = PRESETS[options["preset"]]
     if options["steps"]:
         shorter = tuple(replace(s, steps=options["steps"]) for s in preset.settings)
         changes = (*preset.changes, f"For a trial, every setting stops after {options['steps']:,} updates.")
         preset = replace(preset, settings=shorter, changes=changes)
+    if options["plan"]:
+        print(plan_of(preset, options))
+        return
     begin = time.perf_counter()
     runs = []
     for run in all_runs(preset, options):

@@ -300,13 +300,31 @@ def measure(quick: bool) -> tuple[list[Case], xr.Dataset, list[str]]:
     return cases, parity(bench, 48 if quick else 128, peers), left_out
 
 
+def plan_of(quick: bool) -> str:
+    """What would be measured, and what is left out because it is not installed."""
+    sizes = "64, 256 and 1,024 tokens" if quick else "64, 256, 1,024 and 4,096 tokens"
+    peers = [p for p in ("transformer-lens", "nnsight") if importlib.util.find_spec(p.replace("-", "_")) is not None]
+    return "\n".join(
+        [
+            "paired ratios against a bare pass of smollm2-135m-instruct, on two threads:",
+            f"  attention statistics at {sizes}; the lens; all analyses together; overhead; import; batching",
+            f"  beside {' and '.join(peers) or 'no other library (none is installed)'}; memory in fresh processes",
+            f"  about {'two minutes' if quick else 'half an hour'} on two cores",
+        ]
+    )
+
+
 def main() -> None:
     """Measure, and write a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter texts and fewer pairs")
     parser.add_argument("--out", type=Path, default=Path("reports/capture-benchmark"))
+    parser.add_argument("--plan", action="store_true", help="say what would be measured, and stop")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "TOKENS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.plan:
+        print(plan_of(options.quick))
+        return
     torch.set_num_threads(2)
     if options.worker:
         worker(options.worker[0], int(options.worker[1]))

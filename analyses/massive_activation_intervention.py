@@ -1,21 +1,22 @@
 """Zero and the mean in the place of massive activations, at several blocks, beside what was published.
 
+python analyses/massive_activation_intervention.py --plan
 python analyses/massive_activation_intervention.py                               # texts that Python carries
-python analyses/massive_activation_intervention.py --model gpt2 --texts wiki.jsonl --window 1024 --blocks 2,9
+python analyses/massive_activation_intervention.py --models gpt2 --corpus wiki=wiki.jsonl --window 1024 --blocks 2,9
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from corpora import python_texts
 from massive_activation_tables import CASES, Row, published, table
+from study_command import arguments, conduct, write
 
 import probekit as pk
-from probekit.texts import read_texts
+from probekit.studies import StudyRun
 
 NAME = "massive-activations"
 
@@ -40,33 +41,48 @@ def row_of(result: pk.Result, block: int) -> Row:
     return f"{model}, block {block}", tuple(perplexity.get(c, np.nan) for c in CASES), findings
 
 
+def looked(options: argparse.Namespace) -> pk.Study:
+    """The phenomenon as it is, in every model: where entries are massive."""
+    carried = {domain: some for domain, some in python_texts(6).items() if domain != "code"}
+    return pk.Study(
+        name="Massive activations, taken away",
+        analyses=[NAME],
+        models=options.models,
+        corpora={"texts": dict(options.corpus) if options.corpus else carried},
+        params={"ratio": options.ratio, "loose_ratio": options.loose_ratio},
+        how={"window": options.window},
+    )
+
+
+def taken_away(options: argparse.Namespace, model: str, seen: pk.Result) -> list[StudyRun]:
+    """The intervention at every block, strict where half of the texts hold a strictly massive entry, loose elsewhere."""
+    strict, loose = held(seen, options.ratio), held(seen, options.loose_ratio)
+    blocks = [int(b) for b in options.blocks.split(",")] if options.blocks else phases(strict, loose)
+    if strange := [b for b in blocks if not 0 <= b < len(strict)]:
+        raise SystemExit(f"--blocks names {strange}; {model} has blocks 0 to {len(strict) - 1}.")
+    study, done = looked(options), []
+    for ratio, some in ((options.ratio, strict), (options.loose_ratio, ~strict)):
+        if at := [b for b in blocks if some[b]]:
+            params = study.params | {"ratio": ratio, "intervene": True}
+            done.append(replace(study, models=[model], params=params, vary={"at_block": at}).run(options.out))
+    return done
+
+
 def main() -> None:
     """Find the blocks, intervene at each, write one report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="what open_model takes")
-    parser.add_argument(
-        "--texts", type=Path, help=".txt or .jsonl; the licence and prose that Python carries if left out"
-    )
+    parser = arguments(__doc__, "massive-activation-intervention")
     parser.add_argument("--window", type=int, default=64, help="tokens of each text")
     parser.add_argument("--blocks", help="such as 2,11; where phases begin if left out")
     parser.add_argument("--ratio", type=float, default=1000.0, help="strict multiple of the median")
     parser.add_argument("--loose-ratio", type=float, default=500.0, help="looser multiple of the median")
-    parser.add_argument("--out", type=Path, default=Path("reports/massive-activation-intervention"))
     options = parser.parse_args()
-    carried = {domain: some for domain, some in python_texts(6).items() if domain != "code"}
-    texts: Any = read_texts(options.texts) if options.texts else carried
-    model = pk.open_model(options.model)
-    how = {"window": options.window, "loose_ratio": options.loose_ratio}
-    seen = pk.run(NAME, model, texts, ratio=options.ratio, **how)
-    strict, loose = held(seen, options.ratio), held(seen, options.loose_ratio)
+    seen = conduct(looked(options), options)
     rows = []
-    for block in [int(b) for b in options.blocks.split(",")] if options.blocks else phases(strict, loose):
-        ratio = options.ratio if strict[block] else options.loose_ratio
-        result = pk.run(NAME, model, texts, intervene=True, at_block=block, ratio=ratio, **how)
-        rows.append(row_of(result, block))
-        print(rows[-1][0], *(f["claim"] for f in rows[-1][2]), sep="\n  ", flush=True)
-    study = pk.result_of("massive-activation-intervention", table([*rows, *published()]), seen.provenance)
-    print("Report:", pk.report([study, seen], options.out))
+    for cell, results in seen.results.items():
+        for run in taken_away(options, cell.model, results[NAME]):
+            rows += [row_of(made[NAME], int(at.params["at_block"])) for at, made in run.results.items()]
+    first = next(iter(seen.results.values()))[NAME]
+    write(seen, pk.result_of("massive-activation-intervention", table([*rows, *published()]), first.provenance))
 
 
 if __name__ == "__main__":

@@ -168,12 +168,16 @@ def plan(
     return first_plan(jobs, opened.info, batch, memory_limit)
 
 
-def report(results: Result | Results | Iterable[Result], folder: str | Path) -> Path:
+def report(
+    results: Result | Results | Iterable[Result], folder: str | Path, *, title: str = "", subtitle: str = ""
+) -> Path:
     """Write a report: report.html, findings.json, results.zarr and manifest.json.
 
     Args:
         results: what `run` returned.
         folder: where to write; an older run there is replaced, other files stay.
+        title: what the report is called; the model's name if "".
+        subtitle: a line below it; texts, tokens and analyses if "".
 
     Returns:
         The path of report.html.
@@ -189,7 +193,8 @@ def report(results: Result | Results | Iterable[Result], folder: str | Path) -> 
         results = Results({r.name: r for r in results})
     if not len(results):
         raise InputError("There is no result to report.")
-    return write_run(results, Path(folder), manifest(results))
+    named = {k: v for k, v in {"title": title, "subtitle": subtitle}.items() if v}
+    return write_run(results, Path(folder), {**named, **manifest(results)})
 
 
 def generate(

@@ -91,6 +91,9 @@ def _openings(batch: Batch, size: int) -> Batch:
     cut = batch.openings(size)
     if not len(cut):
         raise TextError(f"No text has {size} tokens for an opening; the longest has {max(batch.lengths, default=0)}.")
+    gone = [domain for domain in dict.fromkeys(batch.domains) if domain not in cut.domains]
+    if gone:
+        raise TextError(f"No text of {', '.join(map(repr, gone))} has {size} tokens for an opening.")
     return cut
 
 

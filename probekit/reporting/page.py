@@ -31,14 +31,14 @@ def report_html(results: Results, manifest: Mapping[str, Any]) -> str:
 
     Args:
         results: what was found.
-        manifest: provenance of the run. `model` (a name, or a mapping with `name`) and `corpus` (a line of text)
-            make the title; everything is shown in the last section.
+        manifest: provenance of the run. `title`, or else `model` (a name, or a mapping with `name`), and `corpus` (a
+            line of text) make the title; everything is shown in the last section.
     """
     sections = [_section(r) for r in results.values()]
     return environment().get_template("report.html.j2").render(
         generator=GENERATOR,
         title=_model_name(results, manifest),
-        corpus=_corpus_line(results, manifest),
+        corpus=printable(str(manifest.get("subtitle") or "")) or _corpus_line(results, manifest),
         cards=[_card(results, f) for f in strongest(results.findings, _N_STRONGEST)],
         sections=sections,
         provenance=provenance_groups(manifest),
@@ -50,6 +50,8 @@ def report_html(results: Results, manifest: Mapping[str, Any]) -> str:
 
 
 def _model_name(results: Results, manifest: Mapping[str, Any]) -> str:
+    if manifest.get("title"):
+        return printable(str(manifest["title"]))
     candidates = [manifest, *(r.provenance for r in results.values())]
     for source in candidates:
         model = source.get("model")

@@ -13,7 +13,7 @@ from probekit.analysis import Finding, Result, load_results
 from probekit.core import InputError
 
 from .comparison import Comparison, table_of
-from .facets import MODEL, TOKENIZER, Group, Run, differing, groups_of, not_compared, run_of
+from .facets import MODEL, TEXTS, TOKENIZER, Group, Run, differing, groups_of, not_compared, run_of
 
 Key = tuple[str, str, str, str, int]
 
@@ -148,8 +148,13 @@ def _row(group: Group, run: Run, number: int, side: str, finding: Finding) -> di
 
 
 def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
-    return {
-        "runs": {
-            f"{run.result.name}: {run.label}": {f: v.shown for f, v in run.facets.items() if v.key} for run in runs
-        }
-    }
+    """What fixes each run, in a line; the whole is in its own manifest."""
+    return {"runs": {label: _line(run) for label, run in {run.label: run for run in runs}.items()}}
+
+
+def _line(run: Run) -> str:
+    weights = run.result.provenance.get("weights_hash", "")
+    parts = [f"weights {str(weights).removeprefix('sha256:')[:12]}"] if weights else []
+    parts += [f"{name} {run.facet(name).shown}" for name in ("dtype", "device", "backend") if run.facet(name).key]
+    parts += [f"texts {run.facet(TEXTS).key.removeprefix('sha256:')[:12]}"] if run.facet(TEXTS).key else []
+    return ", ".join([*parts, f"probekit {run.facet('version of probekit').shown}"])

@@ -59,14 +59,20 @@ class Comparison(Analysis):
         return json.loads(result.dataset.attrs.get("remarks", "[]"))
 
     def findings(self, result: Result) -> list[Finding]:
-        """Each run against the first of its group."""
-        groups = list(_groups(result.dataset))
-        count = sum(len(g.runs) - 1 for g in groups if not g.side)
-        return [finding for g in groups for finding in g.differences(count)]
+        """Each run against the first of its group; those that differ by more than their intervals come first."""
+        found = [f for g in _groups(result.dataset) for f in g.differences(_count(result.dataset))]
+        return sorted(found, key=lambda f: not _beyond(f))
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
-        """Bars with intervals for every quantity of every group."""
-        return {f"group_{g.number}": g.draw() for g in _groups(result.dataset)}
+        """Bars with intervals: the main quantity of every analysis, and each in which runs differ."""
+        drawn: dict[str, plots.Drawing] = {}
+        seen, count = set(), _count(result.dataset)
+        for g in _groups(result.dataset):
+            kind = (g.title, g.facet, g.held)
+            if kind not in seen or any(_beyond(f) for f in g.differences(count)):
+                drawn[f"group_{g.number}"] = g.draw()
+            seen.add(kind)
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,16 @@ class _Rows:
             + (f" No difference is stated: {self.side}." if self.side else ""),
             alt=f"Bars of {self.name} by {self.facet}.",
         )
+
+
+def _count(data: xr.Dataset) -> int:
+    """How many differences are stated."""
+    return sum(len(g.runs) - 1 for g in _groups(data) if not g.side)
+
+
+def _beyond(finding: Finding) -> bool:
+    """Whether the interval of a difference leaves out zero."""
+    return finding.ci95 is not None and (finding.ci95[0] > 0 or finding.ci95[1] < 0)
 
 
 def _groups(data: xr.Dataset) -> Iterator[_Rows]:

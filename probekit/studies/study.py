@@ -58,11 +58,11 @@ class StudyPlan:
 
     Args:
         name: of the study.
-        cells: every combination, with its plan; None where it is done already, an error where it cannot run.
+        cells: every combination, with the plans of its first round; None where it is done already, an error where it cannot run.
     """
 
     name: str
-    cells: Mapping[Cell, Plan | ProbekitError | None]
+    cells: Mapping[Cell, Sequence[Plan] | ProbekitError | None]
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {len(self.cells)} run{'s' * (len(self.cells) != 1)}"]
@@ -72,13 +72,19 @@ class StudyPlan:
             elif isinstance(found, ProbekitError):
                 said = f"cannot run: {found}"
             else:
-                passes = "1 pass" if found.passes == 1 else f"about {found.passes:,} passes"
-                said = (
-                    f"{found.n_texts:,} texts, {found.n_tokens:,} tokens, {passes}, "
-                    f"{found.peak_bytes / 2**20:,.0f} MiB above the model, {found.gflop:,.0f} GFLOP in the first pass"
-                )
+                said = _cost(found)
             lines.append(f"  {cell.label:<40} {said}")
         return "\n".join(lines)
+
+
+def _cost(plans: Sequence[Plan]) -> str:
+    if not plans:
+        return "no pass that can be planned beforehand"
+    most, passes = max(plans, key=lambda p: p.peak_bytes), sum(p.passes for p in plans)
+    return (
+        f"{most.n_texts:,} texts, {most.n_tokens:,} tokens, {'1 pass' if passes == 1 else f'about {passes:,} passes'}, "
+        f"{most.peak_bytes / 2**20:,.0f} MiB above the model, {most.gflop:,.0f} GFLOP in the first pass"
+    )
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ class Study:
         Args:
             folder: of the study, if some of it has been run already.
         """
-        found: dict[Cell, Plan | ProbekitError | None] = {}
+        found: dict[Cell, Sequence[Plan] | ProbekitError | None] = {}
         for cell, model in self._opened():
             try:
                 if folder is not None and self._kept(Path(folder), cell, model) is not None:
@@ -156,7 +162,7 @@ class Study:
                     continue
                 how = {k: v for k, v in self.how.items() if k != "models"}
                 plans = plan(list(self.analyses), model, self._texts(cell), **how, **{**self.params, **cell.params})
-                found[cell] = max(plans, key=lambda p: p.peak_bytes)
+                found[cell] = plans
             except ProbekitError as error:
                 found[cell] = error
         return StudyPlan(self.name, found)
@@ -305,4 +311,27 @@ class StudyRun:
             parts += [r for r in results.values() if r.name not in {p.name for p in parts}]
         if not parts:
             raise StoreError("The study has no results to report.")
-        return report(parts, self.folder)
+        return report(parts, self.folder, title=self.study.name, subtitle=self._about())
+
+    def _about(self) -> str:
+        """How many runs there are, and of what."""
+        counts = {"model": len(self.study.named_models), "corpus": len(self.study.corpora)}
+        counts |= {f"value of {name}": len(values) for name, values in self.study.vary.items()}
+        said = " × ".join(f"{n} {_plural(what, n)}" for what, n in counts.items() if n)
+        failed = f", {len(self.failed)} of which could not be made" if self.failed else ""
+        n = len(self.results) + len(self.failed)
+        shown = next(iter(self.results)).label
+        where = f" In full below: {shown}. All are in the folder runs." if n > 1 else ""
+        return f"{n} {_plural('run', n)}: {said}{failed}.{where}"
+
+
+def _plural(what: str, n: int) -> str:
+    if n == 1:
+        return what
+    return (
+        "corpora"
+        if what == "corpus"
+        else what.replace("value", "values", 1)
+        if what.startswith("value")
+        else f"{what}s"
+    )

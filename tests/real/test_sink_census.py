@@ -30,6 +30,7 @@ EXPECTED = {
     "repeated with BOS": 46.2,
 }
 BY_EPSILON = {0.1: 87.9, 0.2: 81.8, 0.3: 70.9, 0.4: 57.4, 0.5: 44.7}
+MODEL = "smollm2-135m-instruct"
 Found = tuple[dict[str, np.ndarray], Result]
 
 
@@ -41,15 +42,18 @@ def study() -> Iterator[Any]:
         patch.syspath_prepend(ANALYSES)
         yield importlib.import_module("sink_census")
     for name in set(sys.modules) - before:
-        if name in ("sink_census", "sink_census_tables", "corpora"):
+        if name in ("sink_census", "sink_census_tables", "corpora", "study_command"):
             del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
-def found(study: Any, smol: Any) -> Found:
+def found(study: Any, smol: Any, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """One run: ten openings of licence text, and ten made texts of each kind."""
     pieces = study.python_texts(30, n_chars=400)["licence"][::3]
-    return study.census(smol, {"licence": pieces}, 10)
+    ran = study.census([smol], {"licence": pieces}, 10).run(tmp_path_factory.mktemp("census"))
+    (results,) = ran.results.values()
+    assert study.table(ran)["rate"].sizes["case"] == 7 + 17
+    return study.rates(MODEL, results["attention-sinks"]), results["attention-sinks"]
 
 
 def test_rates_of_natural_random_and_repeated_texts(found: Found) -> None:
@@ -103,11 +107,16 @@ def test_report_puts_published_rates_beside(study: Any, found: Found, tmp_path: 
 
 
 def test_options_are_read(study: Any, smol: Any, tmp_path: Path) -> None:
-    """A domain is a name and a file; texts without T + 1 tokens are left out, and a domain without any is refused."""
+    """A corpus is a name and a file; texts without T + 1 tokens are left out, and a domain without any is refused."""
+    import argparse
+
+    from study_command import corpus_of
+
     path = tmp_path / "own.txt"
     path.write_text("too short", encoding="utf-8")
-    assert study.domain_of(f"own={path}") == ("own", ["too short"])
-    with pytest.raises(SystemExit, match="'own' has more than 64 tokens"):
-        study.openings(smol, {"own": ["too short"]}, 3)
-    batch = study.openings(smol, {"a": ["short", "one two " * 50], "b": ["three four " * 60] * 4}, 2)
-    assert batch.domains == ("a", "b", "b") and set(batch.lengths) == {65}
+    assert corpus_of(f"own={path}") == ("own", ["too short"])
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be read"):
+        corpus_of(f"own={tmp_path / 'none.txt'}")
+    texts = {"own": ["too short"], "other": ["three four " * 60]}
+    refused = str(study.census([smol], texts, 3).plan())
+    assert "cannot run: No text of 'own' has 65 tokens" in refused
