@@ -1,4 +1,4 @@
-"""The command line: app, demo, list, models, run, token, train-lens, tune-pair."""
+"""The command line: app, compare, demo, list, models, run, token, train-lens, tune-pair."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from probekit import __version__
 from probekit.analysis import Analysis, ParamSpec, analyses, get_analyses, load_file, strongest
 from probekit.app_command import app_command
+from probekit.compare_command import compare_command
 from probekit.core import Chat, InputError, ProbekitError
 from probekit.lens_command import lens_command
 from probekit.stream_command import stream_options, stream_run, streamed
@@ -382,7 +383,7 @@ def demo_command(out: Path) -> None:
     _execute(("all",), None, demo_texts(), out, False, "model", None, None, {})
 
 
-for _own in (token_command, app_command, lens_command):
+for _own in (token_command, app_command, compare_command, lens_command):
     cli.add_command(_own)
 
 

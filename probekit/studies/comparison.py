@@ -55,24 +55,20 @@ class Comparison(Analysis):
     }  # fmt: skip
 
     def remarks(self, result: Result) -> Sequence[str]:
-        """What was not compared, and what differs along with what was."""
-        return json.loads(result.dataset.attrs.get("remarks", "[]"))
+        """What else agrees, what differs along with what was compared, and what was not compared and why."""
+        told, others = _told(result.dataset), dict.fromkeys(g.name for g in _groups(result.dataset) if not g.side)
+        quiet = [name for name in others if name not in {g.name for g, _ in told}]
+        agree = [f"No difference beyond the intervals either in: {'; '.join(quiet)}."] if quiet else []
+        return [*agree, *json.loads(result.dataset.attrs.get("remarks", "[]"))]
 
     def findings(self, result: Result) -> list[Finding]:
-        """Each run against the first of its group; those that differ by more than their intervals come first."""
-        found = [f for g in _groups(result.dataset) for f in g.differences(_count(result.dataset))]
+        """The main quantity of every analysis, and each in which runs differ: every run against the first."""
+        found = [f for _, differences in _told(result.dataset) for f in differences]
         return sorted(found, key=lambda f: not _beyond(f))
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
-        """Bars with intervals: the main quantity of every analysis, and each in which runs differ."""
-        drawn: dict[str, plots.Drawing] = {}
-        seen, count = set(), _count(result.dataset)
-        for g in _groups(result.dataset):
-            kind = (g.title, g.facet, g.held)
-            if kind not in seen or any(_beyond(f) for f in g.differences(count)):
-                drawn[f"group_{g.number}"] = g.draw()
-            seen.add(kind)
-        return drawn
+        """Bars with intervals of what the findings are about, and of main quantities without a difference."""
+        return {f"group_{g.number}": g.draw() for g, _ in _told(result.dataset)}
 
 
 @dataclass(frozen=True)
@@ -133,18 +129,27 @@ class _Rows:
             by=self.facet,
             quantity=self.quantity or None,
             intervals=known if len(known) == len(self.runs) else None,
-            reference=(float(null[0]), f"null: {self.null_meaning}") if same_null else None,
+            reference=(float(null[0]), f"null: {self.null_meaning}") if same_null and null[0] else None,
             caption=f"{self.held}. Whiskers: 95 % intervals of each run by itself; n = "
             f"{', '.join(f'{int(k):,}' for k in n)} {self.n_unit}."
+            + (f" Null: 0 ({self.null_meaning})." if same_null and not null[0] else "")
             + ("" if same_null else f" Nulls ({self.null_meaning}): {', '.join(map(fmt, map(float, null)))}.")
             + (f" No difference is stated: {self.side}." if self.side else ""),
             alt=f"Bars of {self.name} by {self.facet}.",
         )
 
 
-def _count(data: xr.Dataset) -> int:
-    """How many differences are stated."""
-    return sum(len(g.runs) - 1 for g in _groups(data) if not g.side)
+def _told(data: xr.Dataset) -> list[tuple[_Rows, list[Finding]]]:
+    """The quantities that a report speaks of, with their differences; intervals hold for all, told or not."""
+    groups = list(_groups(data))
+    count = sum(len(g.runs) - 1 for g in groups if not g.side)
+    found, seen = [], set()
+    for g in groups:
+        differences, kind = list(g.differences(count)), (g.title, g.facet, g.held)
+        if kind not in seen or any(map(_beyond, differences)):
+            found.append((g, differences))
+        seen.add(kind)
+    return found
 
 
 def _beyond(finding: Finding) -> bool:

@@ -203,3 +203,18 @@ def test_it_is_saved_loaded_and_reported(tmp_path: Any) -> None:
     assert "0.700 with code" in found._repr_html_()
     folders = [pk.report(r, tmp_path / str(i)).parent for i, r in enumerate((result_of(ONE), result_of(TWO, cut=0.7)))]
     assert pk.compare(folders).findings[0].where["by"] == "parameter cut"
+
+
+def test_the_command_compares_folders(tmp_path: Any) -> None:
+    from click.testing import CliRunner
+
+    from probekit.cli import cli
+
+    folders = [pk.report(r, tmp_path / str(i)).parent for i, r in enumerate((result_of(ONE), result_of(TWO, cut=0.7)))]
+    done = CliRunner().invoke(cli, ["compare", *map(str, folders), "--out", str(tmp_path / "both")])
+    assert done.exit_code == 0 and "0.700 with cut = 0.7, 0.300 with cut = 0.5" in done.output, done.output
+    assert "2 runs side by side" in (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    alone = CliRunner().invoke(cli, ["compare", str(folders[0])])
+    assert alone.exit_code == 2 and "at least two runs; found 1" in alone.output
+    nothing = CliRunner().invoke(cli, ["compare", str(folders[0]), str(tmp_path / "none")])
+    assert nothing.exit_code == 2 and "No probekit results at" in nothing.output
