@@ -14,7 +14,7 @@ from probekit.core import InputError
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.option("--load", "files", multiple=True, type=click.Path(path_type=Path), help="Your analyses, a .py file.")
 def compare_command(folders: tuple[Path, ...], out: Path | None, files: tuple[Path, ...]) -> None:
-    r"""Lay runs side by side that `probekit run --out` wrote: FOLDER FOLDER …
+    r"""Lay runs side by side that `probekit run --out` wrote.
 
     Two runs are compared where they differ in one thing alone (model, texts, a parameter, chat template, dtype), as
     their manifests tell; for all others it is said why not.
