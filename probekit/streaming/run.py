@@ -126,9 +126,16 @@ def manifest_of(setup: Setup) -> dict[str, Any]:
         "model": {k: provenance["model"][k] for k in ("dtype", "n_layers", "d_vocab") if "model" in provenance}
         | {k: provenance[k] for k in _FIXED if k in provenance},
         "analyses": {job.analysis.name: job.params.as_dict() for job in setup.jobs},
+        "captures": {job.analysis.name: _captures(job, setup) for job in setup.jobs},
         "texts": {"bos": setup.bos, "chat": setup.chat, "window": setup.window},
         "shards": {"chunk": setup.chunk, "keep": setup.keep},
     }
+
+
+def _captures(job: Job, setup: Setup) -> list[str]:
+    """What an analysis looks at first, in short spellings, which hold the hash of a lens."""
+    request = job.analysis.observe(job.params, setup.model.info)
+    return [capture.key for capture in getattr(request, "captures", ())]
 
 
 def checked_prefix(corpus: Corpus, state: State) -> Any:

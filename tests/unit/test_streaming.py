@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import tiny_model
+from lens_files import random_lens
 from streamed import NAMES, PARAMS, assert_same_result, assert_same_summary, corpus, stream, texts_of
 
 import probekit as pk
@@ -238,6 +239,24 @@ def test_a_saved_result_keeps_its_summary(whole: tuple[pk.Results, Path], tmp_pa
         assert loaded[name].findings == whole[0][name].findings and loaded[name].figures()
     page = (tmp_path / "report" / "report.html").read_text()
     assert "13 texts" in page and "Shown: the first 8 texts" in page
+
+
+def test_a_trained_lens_streams_and_another_one_is_refused_later(path: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    model = pk.open_model(tiny_folder)
+    sizes = (model.info.n_layers, model.info.d_model)
+    lens = random_lens(tmp_path / "lens", *sizes)
+    how: dict[str, Any] = {"lens": str(tmp_path / "lens"), "lens_transfer": True, "progress": False}
+
+    def streamed() -> pk.Result:
+        return pk.stream("logit-lens", model, path, tmp_path / "s.zarr", chunk=5, **how)["logit-lens"]
+
+    found = streamed()
+    alone = pk.run("logit-lens", model, texts_of(13), **how)
+    assert_same_result(found, alone)
+    assert lens.title in found.findings[2].claim and f"Read by the {lens.title}" in found.figures()["kl"].caption
+    random_lens(tmp_path / "lens", *sizes, scale=0.5)
+    with pytest.raises(pk.ProbekitError, match="captures logit-lens was .* and is"):
+        streamed()
 
 
 def test_progress_is_told_and_can_end_the_run(path: Path, whole: tuple[pk.Results, Path], tmp_path: Path) -> None:
