@@ -83,6 +83,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "peft":                  ("backends/transformers/adapters",),
     "huggingface_hub":       ("catalog",),
     "plotly":                ("plots",),
+    "kaleido":               ("plots/browser",),
+    "choreographer":         ("plots/browser",),
     "jinja2":                ("reporting",),
     "click":                 ("cli", "app_command", "lens_command", "stream_command", "token_command"),
     "zarr":                  ("core/storage", "core/rows"),
@@ -93,7 +95,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 }
 # These are slow to import: even where they may be named, the parts below do so lazily.
 LAZY_LIBRARIES = {
-    "plotly": "plots", "torch": "reduce/base reduce/rows reduce/attention reduce/readout",
+    "plotly": "plots", "kaleido": "plots", "choreographer": "plots", "torch": "reduce/base reduce/rows reduce/attention reduce/readout",
     "transformer_lens": "backends/transformer_lens", "peft": "backends/transformers/adapters",
 }
 # fmt: on
