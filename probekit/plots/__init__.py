@@ -4,7 +4,7 @@ from .browser import ExportError
 from .charts import bars, dots, histogram
 from .curves import lines
 from .dark import DARK_DIVERGING, DARK_SEQUENTIAL, on_dark
-from .export import save_drawings, static_images
+from .export import static_images
 from .figure import Drawing, Drawings, Figure, Quantity, Scale, TokenStrip
 from .heatmaps import heatmap
 from .landscape import landscape
@@ -43,7 +43,6 @@ __all__ = [
     "next_words",
     "on_dark",
     "plotly_js",
-    "save_drawings",
     "scatter",
     "static_images",
     "stream",

@@ -143,7 +143,7 @@ class _Browser:
             try:
                 made = await self._attempt(job)
             except Exception:
-                if not used:
+                if not used or self._open is not None:
                     raise
                 made = await self._attempt(job)  # it had worked before, and may have been closed from outside
             self._idle = self._loop.call_later(_IDLE, lambda: self._loop.create_task(self._rest()))
@@ -156,6 +156,8 @@ class _Browser:
             if self._open is None:
                 self._open = await _opened()
             return await asyncio.wait_for(job(self._open), _PATIENCE)
+        except (*_figure_errors(), ExportError):
+            raise  # the figure's fault; the browser is well
         except BaseException:
             await self._shut()
             raise
@@ -168,6 +170,12 @@ class _Browser:
         kaleido, self._open = self._open, None
         if kaleido is not None:
             await _closed(kaleido)
+
+
+def _figure_errors() -> Any:
+    from kaleido.errors import JavascriptError, KaleidoError
+
+    return KaleidoError, JavascriptError, TypeError
 
 
 async def _opened() -> Any:

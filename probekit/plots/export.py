@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from xml.sax.saxutils import escape
@@ -71,21 +71,7 @@ def save_drawings(
     scale: float | None = None,
     title: bool = True,
 ) -> list[Path]:
-    """Write several figures and strips, such as `result.figures()`, each under its name, into one folder.
-
-    Args:
-        drawings: by name.
-        folder: is made if it is not there.
-        format: "svg", "pdf", "png" or "html".
-        width: of each, in pixels, of which 96 are an inch in a PDF.
-        scale: pixels of a PNG per pixel of the layout; 2 if None.
-        title: with the title; papers set it below the figure.
-
-    Raises:
-        InputError: the format is none of these.
-        StoreError: the folder cannot be written.
-        ExportError: kaleido or a browser is missing, or it cannot draw one of them.
-    """
+    """Write figures and strips by name into a folder; what `Drawings.save` says."""
     if format not in FORMATS:
         raise unknown("format of an image", format, FORMATS)
     folder = Path(folder)
@@ -118,22 +104,25 @@ def static_images(show: StaticImages | None = None) -> StaticImages:
     return "only" if said == "only" else said not in ("0", "false", "no", "off")
 
 
-def notebook_bundle(drawing: Drawing, live: Mapping[str, Any]) -> Any:
+def notebook_bundle(drawing: Drawing, live: Callable[[str], Mapping[str, Any]]) -> Any:
     """What a notebook's cell holds: the live figure, an image, or both, and words.
 
     Args:
         drawing: what is shown.
-        live: the figure for a viewer that runs scripts, by media type.
+        live: makes the figure for a viewer that runs scripts, by media type, of the image that stands in for it where
+            none run: a `data:` address, or nothing.
     """
     wanted = static_images()
     image = notebook_image(drawing) if wanted else None
     if image is None:
-        return dict(live)
+        return dict(live(""))
     png, (width, height) = image
     words = f"{visible(drawing.title, keep_whitespace=True)}\n{visible(drawing.alt, keep_whitespace=True)}"
     data = {"image/png": base64.b64encode(png).decode(), "text/plain": words}
     about = {"image/png": {"width": round(width), "height": round(height), "alt": words}}
-    return ({} if wanted == "only" else dict(live)) | data, about
+    if wanted == "only":
+        return data, about
+    return dict(live(f"data:image/png;base64,{data['image/png']}")) | data, about
 
 
 def notebook_image(drawing: Drawing) -> tuple[bytes, tuple[float, float]] | None:

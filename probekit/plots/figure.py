@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,7 +69,8 @@ class Figure:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **kwargs: Any) -> Any:
         from .export import notebook_bundle
 
-        return notebook_bundle(self, self.plot._repr_mimebundle_(include, exclude, config=PLOT_CONFIG, **kwargs))
+        live = self.plot._repr_mimebundle_(include, exclude, config=PLOT_CONFIG, **kwargs)
+        return notebook_bundle(self, lambda image: live)
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,46 @@ class TokenStrip:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
         from .export import notebook_bundle
 
-        return notebook_bundle(self, {"text/html": self._repr_html_()})
+        return notebook_bundle(self, self._live)
+
+    def _live(self, image: str) -> dict[str, str]:
+        from probekit.reporting import strip_html
+
+        return {"text/html": strip_html(self, image=image)}
 
 
 Drawing = Figure | TokenStrip
-Drawings = Mapping[str, Drawing]
+
+
+class Drawings(dict[str, Drawing]):
+    """The figures of a result, by name."""
+
+    def save(
+        self,
+        folder: str | Path,
+        format: str = "svg",
+        *,
+        width: float | None = None,
+        scale: float | None = None,
+        title: bool = True,
+    ) -> list[Path]:
+        """Write each of them into a folder, under its name.
+
+        Args:
+            folder: is made if it is not there.
+            format: "svg", "pdf", "png" or "html".
+            width: of each, in pixels, of which 96 are an inch in a PDF; 720 if None.
+            scale: pixels of a PNG per pixel of the layout; 2 if None.
+            title: with the title; a paper sets it below the figure.
+
+        Raises:
+            InputError: the format is none of these.
+            StoreError: the folder cannot be written.
+            ExportError: kaleido or a browser is missing, or it cannot draw one of them.
+        """
+        from .export import save_drawings
+
+        return save_drawings(self, folder, format, width=width, scale=scale, title=title)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name}: {drawing.title}" for name, drawing in self.items()) or "no figures"

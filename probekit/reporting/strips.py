@@ -14,10 +14,14 @@ from .assets import asset, environment, script_json
 _SIGNIFICANT = 6
 
 
-def strip_html(strip: TokenStrip) -> str:
+def strip_html(strip: TokenStrip, *, image: str = "") -> str:
     """A strip as a piece of HTML that works by itself in a notebook's output, without any outside file.
 
     Tokens travel as JSON and are shown through `textContent`; they are never part of the markup.
+
+    Args:
+        strip: what to show.
+        image: `data:` address of a picture that stands where no script runs.
     """
     return environment().get_template("strip.html.j2").render(
         id=f"pk-{uuid.uuid4().hex}",
@@ -27,6 +31,7 @@ def strip_html(strip: TokenStrip) -> str:
         data=script_json(strip_data(strip)),
         css=asset("strip.css"),
         js=asset("strip.js"),
+        image=image,
     )  # fmt: skip
 
 
