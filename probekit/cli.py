@@ -1,4 +1,4 @@
-"""The command line: app, compare, demo, list, models, run, token, train-lens, tune-pair."""
+"""The command line: app, compare, demo, figures, list, models, run, token, train-lens, tune-pair."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from probekit.analysis import Analysis, ParamSpec, analyses, get_analyses, load_
 from probekit.app_command import app_command
 from probekit.compare_command import compare_command
 from probekit.core import Chat, InputError, ProbekitError
+from probekit.figures_command import figures_command
 from probekit.lens_command import lens_command
 from probekit.stream_command import stream_options, stream_run, streamed
 from probekit.terminal import about_tokens, beginning
@@ -383,7 +384,7 @@ def demo_command(out: Path) -> None:
     _execute(("all",), None, demo_texts(), out, False, "model", None, None, {})
 
 
-for _own in (token_command, app_command, compare_command, lens_command):
+for _own in (token_command, app_command, compare_command, figures_command, lens_command):
     cli.add_command(_own)
 
 

@@ -62,13 +62,14 @@ PARTS: dict[str, May] = {
     "token_command": May("cards models"),
     "app_command": May("core"),
     "compare_command": May("core",                                  "analysis api studies"),
+    "figures_command": May("analysis"),
     "lens_command": May("core",                                     "lenses models"),
     "terminal":    May("core"),
     "streaming":   May("core analysis api batches engine texts _version", "models"),
     "studies":     May("core analysis api batches engine plots texts", "models _version"),
     "stream_command": May("core analysis engine terminal",         "api models reporting streaming"),
     "cli":         May("__init__ core analysis api app_command batches catalog demo models texts reporting "
-                       "compare_command stream_command terminal token_command lens_command tuning"),
+                        "compare_command figures_command stream_command terminal token_command lens_command tuning"),
     "__init__":    May("_version",        "core analysis api engine models demo activation_cache cards effects lenses probing reduce streaming studies toys tuning writes shifts"),
     "__main__":    May("cli"),
     "_version":    May(),
@@ -85,8 +86,11 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "peft":                  ("backends/transformers/adapters",),
     "huggingface_hub":       ("catalog",),
     "plotly":                ("plots",),
+    "kaleido":               ("plots/browser",),
+    "choreographer":         ("plots/browser",),
     "jinja2":                ("reporting",),
-    "click":                 ("cli", "app_command", "compare_command", "lens_command", "stream_command", "token_command"),
+    "click":                 ("cli", "app_command", "compare_command", "figures_command", "lens_command", "stream_command",
+                              "token_command"),
     "zarr":                  ("core/storage", "core/rows"),
     "streamlit":             (),
     "tests":                 (),
@@ -95,7 +99,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 }
 # These are slow to import: even where they may be named, the parts below do so lazily.
 LAZY_LIBRARIES = {
-    "plotly": "plots", "torch": "reduce/base reduce/rows reduce/attention reduce/readout",
+    "plotly": "plots", "kaleido": "plots", "choreographer": "plots", "torch": "reduce/base reduce/rows reduce/attention reduce/readout",
     "transformer_lens": "backends/transformer_lens", "peft": "backends/transformers/adapters",
 }
 # fmt: on

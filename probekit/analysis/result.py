@@ -21,7 +21,7 @@ from .registry import get_analysis
 if TYPE_CHECKING:
     import xarray as xr
 
-    from probekit.plots import Drawing
+    from probekit.plots import Drawings
 
 
 _SUMMARY = "summary"  # the part of a result that a streamed corpus adds
@@ -88,9 +88,11 @@ class Result:
         found = self.analysis.findings(self)
         return [Finding.from_dict(f.as_dict() | {"analysis": self.name}) for f in found]
 
-    def figures(self) -> dict[str, Drawing]:
-        """Figures (and token strips) by name; each renders itself in Jupyter."""
-        return self.analysis.draw(self)
+    def figures(self) -> Drawings:
+        """Figures (and token strips) by name; each renders itself in Jupyter, and saves itself for a paper."""
+        from probekit.plots import Drawings
+
+        return Drawings(self.analysis.draw(self))
 
     def save(self, path: str | Path) -> Path:
         """Write the result to a Zarr store at `path`, replacing a probekit result that is there.

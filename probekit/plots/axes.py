@@ -79,6 +79,11 @@ def _label_room(places: Sequence[Any]) -> int:
     return min((6 if len(places) > _MOST_SLANTED else 4) * longest, 170)
 
 
+def title_pad(text: str) -> int:
+    """Pixels above a title; plotly.js sets a title of several lines higher than one of a single line."""
+    return 24 if "<br>" in text else 14
+
+
 def frame(
     plot: go.Figure, *, title: str, caption: str, alt: str, height: int, places: Sequence[Any] = (), **layout: Any
 ) -> Figure:
@@ -104,7 +109,7 @@ def frame(
     margin = {"t": top} | ({"b": 56 + room} if room else {}) | layout.pop("margin", {})
     plot.update_layout(
         template=template(),
-        title={"text": text, "y": 1, "yref": "container", "pad": {"t": 14}},
+        title={"text": text, "y": 1, "yref": "container", "pad": {"t": title_pad(text)}},
         height=height + top + room,
         margin=margin,
         **layout,

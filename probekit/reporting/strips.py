@@ -7,17 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from probekit.plots import DIVERGING, SEQUENTIAL, UNDEFINED, Quantity, TokenStrip, visible
+from probekit.plots import DIVERGING, SEQUENTIAL, UNDEFINED, Quantity, TokenStrip, color_limits, visible
 
 from .assets import asset, environment, script_json
 
 _SIGNIFICANT = 6
 
 
-def strip_html(strip: TokenStrip) -> str:
+def strip_html(strip: TokenStrip, *, image: str = "") -> str:
     """A strip as a piece of HTML that works by itself in a notebook's output, without any outside file.
 
     Tokens travel as JSON and are shown through `textContent`; they are never part of the markup.
+
+    Args:
+        strip: what to show.
+        image: `data:` address of a picture that stands where no script runs.
     """
     return environment().get_template("strip.html.j2").render(
         id=f"pk-{uuid.uuid4().hex}",
@@ -27,6 +31,7 @@ def strip_html(strip: TokenStrip) -> str:
         data=script_json(strip_data(strip)),
         css=asset("strip.css"),
         js=asset("strip.js"),
+        image=image,
     )  # fmt: skip
 
 
@@ -56,7 +61,7 @@ def _positions(texts: list[Any]) -> list[int]:
 
 def _quantity(q: Quantity) -> dict[str, Any]:
     values = np.asarray(q.values, dtype=float)
-    low, high = _limits(values, q)
+    low, high = color_limits(values, q)
     return {
         "label": q.label,
         "unit": "" if q.unit == "1" else q.unit,
@@ -65,16 +70,3 @@ def _quantity(q: Quantity) -> dict[str, Any]:
         "high": high,
         "values": [float(f"{v:.{_SIGNIFICANT}g}") if np.isfinite(v) else None for v in values],
     }
-
-
-def _limits(values: np.ndarray, q: Quantity) -> tuple[float | None, float | None]:
-    """Values of the lightest and the darkest colour; None where there is nothing to colour."""
-    known = values[np.isfinite(values) & ((values > 0) | (q.scale != "log"))]
-    if not known.size and (q.low is None or q.high is None):
-        return None, None
-    low = float(known.min()) if q.low is None or (q.scale == "log" and q.low <= 0) else float(q.low)
-    high = float(known.max()) if q.high is None else float(q.high)
-    if q.scale == "diverging":
-        bound = max(abs(low), abs(high))
-        return -bound, bound
-    return low, high

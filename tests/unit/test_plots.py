@@ -282,7 +282,8 @@ def test_colour_scales_change_lightness_evenly() -> None:
         assert steps.min() > 0.6 * steps.mean() and steps.max() < 1.5 * steps.mean()
 
 
-def test_figures_render_in_a_notebook(drawings: dict[str, plots.Drawing]) -> None:
+def test_figures_render_in_a_notebook(drawings: dict[str, plots.Drawing], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROBEKIT_STATIC_IMAGES", "0")
     figure = drawings["map"]
     assert isinstance(figure, Figure)
     import plotly.io
