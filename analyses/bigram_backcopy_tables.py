@@ -228,6 +228,7 @@ def _outcome(data: xr.Dataset, case: int, phenomenon: str) -> pk.Finding:
     return pk.Finding(
         claim, mean.value, _UNITS[phenomenon], null, "the same models before training", mean.ci95, mean.n, "runs",
         {"setting": str(data["case"].values[case]), "phenomenon": phenomenon},
+        quantity=_WORDS[phenomenon],
     )  # fmt: skip
 
 
@@ -250,6 +251,7 @@ def _summary(data: xr.Dataset) -> pk.Finding:
     return pk.Finding(
         f"{met} of the {len(known)} published outcomes appear in every run of their setting.",
         float(met), "outcomes", float(null), "models without any of the phenomena", None, 1, "table",
+        quantity="published outcomes in every run of their setting",
     )  # fmt: skip
 
 

@@ -103,7 +103,21 @@ class CaptureBenchmark(pk.Analysis):
             claim += "."
             spread = pk.stats.text_mean(np.array(case.values), "pairs")
             null, meaning = (1.0, "no difference") if case.unit.startswith("×") else (0.0, "no cost")
-            found.append(pk.Finding(claim, case.median, case.unit, null, meaning, spread.ci95, spread.n, "pairs"))
+            where, quantity = {"case": case.what}, "cost of capture"
+            found.append(
+                pk.Finding(
+                    claim,
+                    case.median,
+                    case.unit,
+                    null,
+                    meaning,
+                    spread.ci95,
+                    spread.n,
+                    "pairs",
+                    where,
+                    quantity=quantity,
+                )
+            )
         return found
 
     def draw(self, result: pk.Result) -> dict[str, Any]:
@@ -219,7 +233,10 @@ class CaptureParity(pk.Analysis):
             )
             ours, eager = float(off.sel(sample="probekit")), float(off.sel(sample="eager float32"))
             claim = f"{statistic}: at most {ours:.1e} from float64 (values up to {float(data['largest_value'].sel(case=statistic)):.3g}); {others}."
-            found.append(pk.Finding(claim, ours, "absolute difference", eager, "eager float32", None, 1, "text"))
+            found.append(pk.Finding(
+                claim, ours, "absolute difference", eager, "eager float32", None, 1, "text", {"case": statistic},
+                quantity="largest difference to a float64 reference",
+            ))  # fmt: skip
         return found
 
     def draw(self, result: pk.Result) -> dict[str, Any]:

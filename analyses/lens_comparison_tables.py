@@ -76,6 +76,7 @@ class LensComparison(pk.Analysis):
                     m.n,
                     m.n_unit,
                     {"case": case},
+                    quantity="KL to the final distribution below the logit lens's",
                 )
             )
             m = pk.stats.text_mean((settled.sel(case=logit) - settled.sel(case=case)).values)
@@ -91,6 +92,7 @@ class LensComparison(pk.Analysis):
                     m.n,
                     m.n_unit,
                     {"case": case},
+                    quantity="blocks by which predictions settle before the logit lens's",
                 )
             )
         return found

@@ -85,6 +85,7 @@ def published() -> list[Row]:
         finding = pk.Finding(
             f"Published, {model}: perplexity {named}{'; ' * bool(words)}{words} ({source}).",
             float(np.log(values[1] / values[0])), "nats per token", 0.0, "no change", None, 1, "model",
+            {"case": "zero"}, quantity="loss cost of massive entries at zero",
         )  # fmt: skip
         known = "recalled" if source == RECALLED else "re-measured"
         rows.append((f"{model} ({known})", tuple(values), [finding.as_dict()]))

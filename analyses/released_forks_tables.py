@@ -24,13 +24,21 @@ WHOLE = {
     "n_forks": 0.69,
 }
 ROWS = {
-    "positions": ("tokens", "Positions of the answer that were sampled"),
-    "branches": ("tokens", "Tokens tried at a position, mean"),
-    "max_drift": ("1", "Largest L2 distance of o_t from o_0"),
-    "survival at 0.3": ("share", "Probability that no token was drawn that leads elsewhere by 0.3 or more"),
-    "survival at 0.6": ("share", "The same by 0.6 or more"),
-    "has_fork": ("share", "Questions with at least one alternative that lies 0.6 or more away"),
-    "n_forks": ("positions", "Positions with such an alternative"),
+    "positions": ("tokens", "Positions of the answer that were sampled", "positions sampled in an answer"),
+    "branches": ("tokens", "Tokens tried at a position, mean", "tokens tried at a position"),
+    "max_drift": ("1", "Largest L2 distance of o_t from o_0", "largest drift of the outcomes"),
+    "survival at 0.3": (
+        "share",
+        "Probability that no token was drawn that leads elsewhere by 0.3 or more",
+        "probability of taking no fork",
+    ),
+    "survival at 0.6": ("share", "The same by 0.6 or more", "probability of taking no fork"),
+    "has_fork": (
+        "share",
+        "Questions with at least one alternative that lies 0.6 or more away",
+        "questions with a fork",
+    ),
+    "n_forks": ("positions", "Positions with such an alternative", "positions that fork"),
 }
 
 
@@ -149,13 +157,24 @@ def _among_top(forks: Any) -> tuple[float, float]:
 def _rows(result: pk.Result) -> list[pk.Finding]:
     found = []
     for case, values, whole in zip(result["case"].values, result["value"].values, result["whole"].values, strict=True):
-        unit, what = ROWS[str(case)]
+        unit, what, quantity = ROWS[str(case)]
         m = pk.stats.text_mean(values, "questions")
         m = m.within(0, 1) if unit == "share" else m.within(0, np.inf)
         claim = f"{what}: {m.value:.3g} {unit if unit != '1' else ''}".rstrip() + f" (whole release {whole:.3g})."
         meaning = "mean over all 100 questions of the release"
         found.append(
-            pk.Finding(claim, m.value, unit, float(whole), meaning, m.ci95, m.n, m.n_unit, {"case": str(case)})
+            pk.Finding(
+                claim,
+                m.value,
+                unit,
+                float(whole),
+                meaning,
+                m.ci95,
+                m.n,
+                m.n_unit,
+                {"case": str(case)},
+                quantity=quantity,
+            )
         )
     return found
 
@@ -165,11 +184,12 @@ def _agrees(result: pk.Result) -> pk.Finding:
     known = worst[np.isfinite(worst)]
     if not known.size:
         claim = "The release states no o_t to compare with."
-        return pk.Finding(claim, 0.0, "share", 0.0, "no difference", None, 1, "release")
+        quantity = "difference of o_t from the release's (not measurable)"
+        return pk.Finding(claim, 0.0, "share", 0.0, "no difference", None, 1, "release", quantity=quantity)
     m = pk.stats.text_mean(known, "questions")
     return pk.Finding(
         f"o_t agrees with the release's own to {known.max():.1g} in all {known.size} questions.",
-        m.value, "share", 0.0, "no difference", m.ci95, m.n, m.n_unit,
+        m.value, "share", 0.0, "no difference", m.ci95, m.n, m.n_unit, quantity="difference of o_t from the release's",
     )  # fmt: skip
 
 
@@ -177,7 +197,10 @@ def _entropy(result: pk.Result) -> pk.Finding:
     known = np.isfinite(result["top_share"].values)
     n = result["fork_count"].values
     if not known.any():
-        return pk.Finding("No token of these answers forks.", 0.0, "share", 0.0, "no fork", None, len(n), "questions")
+        return pk.Finding(
+            "No token of these answers forks.", 0.0, "share", 0.0, "no fork", None, 1, "release",
+            quantity="fork positions among the highest entropies (not measurable)",
+        )  # fmt: skip
     weight = n[known] / n[known].sum()
     value = float((result["top_share"].values[known] * weight).sum())
     chance = float((result["chance"].values[known] * weight).sum())
@@ -190,6 +213,7 @@ def _entropy(result: pk.Result) -> pk.Finding:
         f"{value:.0%} of the {int(n.sum())} fork positions lie among the top 20 % by entropy; chance, given that two tokens "
         f"were tried, is {chance:.0%}.",
         value, "share of fork positions", chance, "any position with two tokens", (low, high), int(known.sum()), "questions",
+        quantity="fork positions among the highest entropies",
     )  # fmt: skip
 
 
@@ -199,4 +223,5 @@ def _changes(result: pk.Result) -> pk.Finding:
     return pk.Finding(
         f"Outcomes change along {int(strong.sum())} of {len(strong)} answers beyond doubt (odds above 9).",
         m.value, "share of questions", 0.0, "one distribution all along: odds above 9 are not expected", m.ci95, m.n, m.n_unit,
+        quantity="answers whose outcomes change",
     )  # fmt: skip

@@ -60,7 +60,10 @@ class SinkCensus(pk.Analysis):
                 claim = f"{case}: position 0 is a sink for {m.value:.1f} % of (layer, head) pairs."
                 where = {"case": case, "T": T}
                 meaning = "uniform causal attention"
-                found.append(pk.Finding(claim, m.value, "percent", 0.0, meaning, m.ci95, m.n, m.n_unit, where))
+                quantity = "heads with a sink at position 0"
+                found.append(
+                    pk.Finding(claim, m.value, "percent", 0.0, meaning, m.ci95, m.n, m.n_unit, where, quantity=quantity)
+                )
         return found
 
     def draw(self, result: pk.Result) -> dict[str, Any]:

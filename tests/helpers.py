@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from probekit.analysis import Results, get_analyses
+from probekit.analysis import Finding, Results, get_analyses
 from probekit.backends.scripted import Play, Script, ScriptedModel, random_play
 from probekit.backends.transformers import TransformersModel
 from probekit.core import Batch, Capture, Forward, Model, TokenText
@@ -251,3 +252,17 @@ def _nearly_tied(values: np.ndarray, within: float) -> np.ndarray:
     close = -np.diff(values, axis=-1) <= within * np.abs(values).max()
     end = np.full((*values.shape[:-1], 1), values.shape[-1] > 1)
     return np.concatenate([close, end], -1) | np.concatenate([np.zeros_like(end), close], -1)
+
+
+_OF_A_KIND = {"sink-anatomy": "layer"}  # analyses that repeat findings on purpose: for each phase, here
+
+
+def assert_quantities(findings: Iterable[Finding]) -> None:
+    """Each finding says in a few fixed words what it measures, and no two of a result measure the same."""
+    seen = set()
+    for f in findings:
+        assert f.quantity and len(f.quantity) <= 70 and not f.quantity.endswith("."), f
+        assert not re.search(r"\d", f.quantity.replace("position 0", "")), f"a number of the data: {f.quantity}"
+        key = (f.quantity, f.unit, f.where.get("case"), f.where.get(_OF_A_KIND.get(f.analysis, ""), ""))
+        assert key not in seen, f"two findings of {f.analysis} are told apart by nothing: {key}"
+        seen.add(key)

@@ -268,3 +268,13 @@ def _first_over_later(values: np.ndarray, batch: Batch) -> np.ndarray:
 def _norms(trace: Trace, capture: Capture) -> np.ndarray:
     norms: np.ndarray = trace[capture]["norm"].transpose("layer", ..., "token").values.astype(float)
     return norms
+
+
+def verdict(gap: Estimate, control: float) -> str:
+    """What the difference of sinks between removed and control, paired by text, says of them."""
+    low, high = gap.ci95 or (-np.inf, np.inf)
+    if max(-low, high) <= 0.1 * control:
+        return "the sinks stay"
+    if low <= 0 <= high:
+        return "no difference is resolved"
+    return "the sinks grow" if gap.value > 0 else f"{-gap.value / control:.0%} of the sinks go with them"

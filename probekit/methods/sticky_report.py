@@ -60,6 +60,7 @@ def strip(data: xr.Dataset, word: Callable[[int], str], level: float) -> Said:
         "claim": (claim if strong else "No token is sticky beyond random tokens.") + rest,
         "value": k / n, "unit": "share of validated tokens", "null": level / n,
         "null_meaning": "random tokens called by the same test", "ci95": wilson(k, n), "n": n, "n_unit": "tokens",
+        "quantity": "validated tokens that are sticky",
         "where": {str(i): f"p {p[i]:.3f}, 95 % {low:.3f} to {high:.3f}" for i, (low, high) in ends.items()},
     }  # fmt: skip
 
@@ -75,6 +76,7 @@ def rule(data: xr.Dataset) -> Said:
         f"tokens lie above that cut; the rule within them returns {int((random > own).sum())}.",
         "value": k / n, "unit": "share of candidates", "null": float((random > own).mean()),
         "null_meaning": "the rule within random tokens", "ci95": wilson(k, n), "n": n, "n_unit": "tokens",
+        "quantity": "candidates that the published rule returns",
     }  # fmt: skip
 
 
@@ -94,6 +96,7 @@ def both_sides(data: xr.Dataset) -> list[Said]:
             f"{nearer} random tokens do.",
             "value": found.value, "unit": "× without tokens", "null": null,
             "null_meaning": "random tokens, as many copies", "ci95": found.ci95, "n": found.n, "n_unit": found.n_unit,
+            "quantity": "distance to u that the strongest candidates leave",
         }
     ]  # fmt: skip
 
@@ -118,6 +121,7 @@ def harm(data: xr.Dataset) -> list[Said]:
                 "value": value, "unit": unit, "null": 0.0, "null_meaning": "candidates harm as much as benign tokens",
                 "ci95": ci95, "n": 1 if ci95 is None else len(sticky) + len(benign), "n_unit": "tokens",
                 "where": {"measure": name, "interval": "Welch, over tokens"},
+                "quantity": f"{name}, strongest candidates minus benign tokens",
             }
         )  # fmt: skip
     return found
@@ -152,7 +156,9 @@ def attention(data: xr.Dataset, word: Callable[[int], str]) -> list[Said]:
             + (few if verdict == "lies beyond" and w1[layer] - half <= null[layer] else ""),
             "value": float(w1[layer]), "unit": "Wasserstein-1 of attention", "null": float(null[layer]),
             "null_meaning": "two groups of random tokens, median",
-            "ci95": (max(0.0, w1[layer] - half), w1[layer] + half), "n": n, "n_unit": "tokens", "where": {"layer": layer, "interval": "jackknife over tokens"},
+            "ci95": (max(0.0, w1[layer] - half), w1[layer] + half), "n": n, "n_unit": "tokens",
+            "where": {"layer": layer, "interval": "jackknife over tokens"},
+            "quantity": "attention paid to candidates against benign tokens",
         }
     ]  # fmt: skip
 
@@ -166,6 +172,7 @@ def survival(data: xr.Dataset) -> Said:
         f"{added:.2f} tokens.",
         "value": kept.value, "unit": "share of copies", "null": 1.0,
         "null_meaning": "no copy merges with its neighbours", "ci95": kept.ci95, "n": kept.n, "n_unit": kept.n_unit,
+        "quantity": "inserted copies that stay the token",
     }  # fmt: skip
 
 
@@ -177,5 +184,5 @@ def vocabulary(data: xr.Dataset) -> Said:
         "claim": f"{usable:,} of {n:,} ids are usable tokens; the spellings of the vocabulary have a mean similarity "
         f"of u = {u:.5f}." + (f" Attention was not compared: {missing}" if missing else ""),
         "value": u, "unit": "cosine", "null": 0.0, "null_meaning": "directions drawn at random", "ci95": None, "n": 1,
-        "n_unit": "vocabulary",
+        "n_unit": "vocabulary", "quantity": "mean similarity of the vocabulary's spellings",
     }  # fmt: skip

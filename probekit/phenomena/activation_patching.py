@@ -191,6 +191,7 @@ def _travel(result: Result, direction: str) -> Finding:
     return Finding(
         claim + ".", block.value, "block", float(n_layers), "what differs never reaches the last token",
         block.ci95, block.n, block.n_unit, {"direction": direction, "changed": mean if np.isfinite(mean).all() else None},
+        quantity=f"block from which the last token {verb} half",
     )  # fmt: skip
 
 
@@ -210,6 +211,7 @@ def _gap(result: Result) -> Finding:
     return Finding(
         f"{claim}.", gap.value, "logits", 0.0, "the changed tokens do not matter", gap.ci95, gap.n, gap.n_unit,
         {"clean": clean.value, "corrupted": corrupted.value, "left_out": int((~used).sum())},
+        quantity="logit difference, clean minus corrupted prompts",
     )  # fmt: skip
 
 
@@ -241,6 +243,7 @@ def _peak(result: Result, site: str, direction: str) -> Finding:
         f"{direction.capitalize()}: {what} {verb} most, {_percent(share.value)} of the difference.",
         share.value, "share of the difference", null, f"mean over all places; the best is {chosen}",
         share.ci95, share.n, share.n_unit, {"direction": direction, "site": site, **where},
+        quantity=f"difference that the best {STREAMS.get(site, 'head')} {verb}",
     )  # fmt: skip
 
 
@@ -254,6 +257,7 @@ def _agreement(result: Result, site: str) -> Finding:
     return Finding(
         f"Attribution from one gradient ranks {name} with a Spearman correlation of {mean.value:.2f} to exact patching.",
         mean.value, "rank correlation", 0.0, "an unrelated order", mean.ci95, mean.n, mean.n_unit, {"site": site},
+        quantity=f"agreement of attribution with patching, {name}",
     )  # fmt: skip
 
 

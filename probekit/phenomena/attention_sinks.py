@@ -166,19 +166,19 @@ class AttentionSinks(Analysis):
         p, seen = result.params.as_dict(), result.summary
         rate = estimate(seen["rate"].values).within(0, 100)
         null = 100.0 * (sinks.uniform_received(p["horizon"])[0] > p["epsilon"])
-        even = float(seen["even_sum"] / seen["later"])
+        even, at = float(seen["even_sum"] / seen["later"]), f"T = {p['horizon']}, epsilon = {p['epsilon']:g}"
         # The interval is that of the excess over an even share, which unlike the share itself has no trend in q.
         held = estimate(seen["excess"].values).minus(-even).within(0, 1)
-        at = f"T = {p['horizon']}, epsilon = {p['epsilon']:g}"
         return [
             Finding(
                 f"Position 0 is a sink for {rate.value:.1f} % of (layer, head) pairs at {at}.",
                 rate.value, "percent", null, "uniform causal attention", rate.ci95, rate.n, rate.n_unit,
-                {"pos": 0, "T": p["horizon"]},
+                {"pos": 0, "T": p["horizon"]}, quantity="heads with a sink at position 0",
             ),
             Finding(
                 f"Later tokens put {held.value:.0%} of their attention on position 0.",
                 held.value, "share", even, "uniform causal attention", held.ci95, held.n, held.n_unit, {"pos": 0},
+                quantity="attention of later tokens on position 0",
             ),
             self._phases(result),
             self._others(result),
@@ -195,7 +195,7 @@ class AttentionSinks(Analysis):
         return Finding(
             f"Sinks occupy {named} over depth: blocks {where}." if phases else "No block has sinks in many heads.",
             count.value, "phases", 0.0, "uniform causal attention has none", count.ci95, count.n, count.n_unit,
-            {"phases": [list(p) for p in phases]},
+            {"phases": [list(p) for p in phases]}, quantity="phases of sinks over depth",
         )  # fmt: skip
 
     def _others(self, result: Result) -> Finding:
@@ -206,7 +206,7 @@ class AttentionSinks(Analysis):
             if mean.value > 0
             else "No token beside position 0 is a sink of any head.",
             mean.value, "share of pairs", 0.0, "uniform causal attention", mean.ci95, mean.n, mean.n_unit,
-            {"text": top["text"], "pos": top["pos"]},
+            {"text": top["text"], "pos": top["pos"]}, quantity="heads of the strongest sink beside position 0",
         )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
@@ -290,7 +290,7 @@ def _anywhere(result: Result) -> Finding:
         f"Some key is a sink for {some.value:.1f} % of (layer, head) pairs at T = {n_tokens}, a key other than "
         f"position 0 for {other.value:.1f} %{most if other.value else ''}.",
         other.value, "percent", float(null), "uniform causal attention", other.ci95, other.n, other.n_unit,
-        {"any": some.value, "pos": key, "layer": layer, "T": n_tokens},
+        {"any": some.value, "pos": key, "layer": layer, "T": n_tokens}, quantity="heads with a sink beyond position 0",
     )  # fmt: skip
 
 
@@ -304,6 +304,7 @@ def _lengths(result: Result) -> Finding:
         f"comparable: H_T / T, the share under uniform attention, is {uniform[0]:.2f} and {uniform[-1]:.2f}.",
         longest.value, "percent", 100.0 * (uniform[-1] > epsilon), "uniform causal attention", longest.ci95, longest.n,
         longest.n_unit, {"T": lengths, "rates": means, "uniform": uniform.round(4).tolist()},
+        quantity="heads with a sink at position 0, longest T",
     )  # fmt: skip
 
 
@@ -321,15 +322,14 @@ def _made(result: Result) -> list[Finding]:
         return []
     where, found = {"T": result.dataset.attrs["made_tokens"]}, []
     for bos in ("", sinks.WITH_BOS) if "natural" + sinks.WITH_BOS in rows else ("",):
-        natural = text_mean(rows["natural" + bos])
         for kind in sinks.KINDS[1:]:
-            made = text_mean(rows[kind + bos])
+            made, natural = (text_mean(rows[case + bos]) for case in (kind, "natural"))
             gap = sinks.difference(made, natural, "texts of each kind")
             found.append(Finding(
                 f"{'With' if bos else 'Without'} a beginning-of-sequence token, Sink_1 is {made.value:.1f} % for "
                 f"{_WORDS[kind]} and {natural.value:.1f} % for natural text (T = {where['T']}).",
                 gap.value, "percentage points", 0.0, "as in natural text", gap.ci95, gap.n, gap.n_unit,
-                where | {"case": kind + bos},
+                where | {"case": kind + bos}, quantity="sinks of made minus natural texts",
             ))  # fmt: skip
     if len(found) > 2:
         change = {kind: text_mean(rows[kind + sinks.WITH_BOS] - rows[kind]) for kind in sinks.KINDS}
@@ -337,7 +337,7 @@ def _made(result: Result) -> list[Finding]:
         found.append(Finding(
             f"A beginning-of-sequence token moves Sink_1 by {words[0]}, {words[1]}, {words[2]} (percentage points).",
             it.value, "percentage points", 0.0, "no effect on natural text", it.ci95, it.n, it.n_unit,
-            where | {kind: e.value for kind, e in change.items()},
+            where | {kind: e.value for kind, e in change.items()}, quantity="sinks with minus without an opening token",
         ))  # fmt: skip
     return found
 

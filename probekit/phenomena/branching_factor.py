@@ -270,7 +270,7 @@ def _factor(result: Result) -> Finding:
         f"Each token of the answers might as well have been drawn evenly from {fmt(mean.value)} tokens{between}; the "
         f"nucleus holds {fmt(kept)} on average.",
         mean.value, "tokens", 1.0, "a deterministic model: one possible token", mean.within(1, np.inf).ci95, mean.n,
-        mean.n_unit,
+        mean.n_unit, quantity="branching factor of the answers",
     )  # fmt: skip
 
 
@@ -279,8 +279,9 @@ def _trend(result: Result) -> Finding:
     mean = _over_prompts(result, "slope_nats", "slope")
     if not np.isfinite(mean.value):
         return Finding(
-            "The answers are too short to have a trend.", 0.0, "nats per 100 tokens", 0.0, null, None, 1, "prompts"
-        )
+            "The answers are too short to have a trend.", 0.0, "nats per 100 tokens", 0.0, null, None, 1, "prompts",
+            quantity="slope of entropy within answers (not measurable)",
+        )  # fmt: skip
     sure = mean.ci95 is not None and (mean.ci95[0] > 0 or mean.ci95[1] < 0)
     what = "falls" if mean.value < 0 else "rises"
     claim = (
@@ -289,7 +290,10 @@ def _trend(result: Result) -> Finding:
         else "Within answers the entropy of the next token neither falls nor rises beyond doubt "
         f"({mean.value:+.2g} nats per 100 tokens)."
     )
-    return Finding(claim, mean.value, "nats per 100 tokens", 0.0, null, mean.ci95, mean.n, mean.n_unit)
+    return Finding(
+        claim, mean.value, "nats per 100 tokens", 0.0, null, mean.ci95, mean.n, mean.n_unit,
+        quantity="slope of entropy within answers",
+    )  # fmt: skip
 
 
 def _estimators(result: Result) -> Finding:
@@ -304,7 +308,10 @@ def _estimators(result: Result) -> Finding:
     )
     claim += f" {forced:.1%} of the tokens lie outside the cut and were kept because they were drawn." if forced else ""
     null = "tokens drawn from the distribution that is measured"
-    return Finding(claim, mean.value, "nats", 0.0, null, mean.ci95, mean.n, mean.n_unit)
+    return Finding(
+        claim, mean.value, "nats", 0.0, null, mean.ci95, mean.n, mean.n_unit,
+        quantity="branching factors by likelihood over entropy, logarithm",
+    )  # fmt: skip
 
 
 def _survivors(result: Result) -> Finding:
@@ -323,4 +330,7 @@ def _survivors(result: Result) -> Finding:
         f"At the last position that counts {mean.value:.0%} of the answers are still being written; "
         f"{float(data['cut_share'].mean()):.0%} are cut at the longest length.{trend}"
     )
-    return Finding(claim, mean.value, "share of answers", 1.0, "no answer ends before", mean.ci95, mean.n, mean.n_unit)
+    return Finding(
+        claim, mean.value, "share of answers", 1.0, "no answer ends before", mean.ci95, mean.n, mean.n_unit,
+        quantity="answers still being written at the last position",
+    )  # fmt: skip

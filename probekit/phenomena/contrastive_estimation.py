@@ -17,6 +17,7 @@ from probekit.sampling.inside import INSIDE, INSIDE_MEASURES, answers_only, insi
 from probekit.stats import Estimate, rank_correlation, text_mean
 
 _SAME = 1e-6  # nats below which a score counts as the probability itself
+_LOWEST = "lowering of the lowest tokens beyond models exchanged"
 _FIRST = "; NaN for the first token of a given text"
 
 
@@ -246,10 +247,10 @@ def _lowest(result: Result) -> Finding:
     data, unit, place = result.dataset, _unit(result), _lowest_place(result)
     more = text_mean(data["lowest_nats"].values - data["lowest_exchanged_nats"].values, unit)
     at = {"text": int(data["text"].values[place]), "pos": int(data["pos"].values[place])}
-    null = "the two models exchanged"
+    null, ends = "the two models exchanged", None if more.n == 1 else (0.0, 0.0)
     if np.nanmax(np.abs(data["lowering_nats"].values)) < _SAME:
         claim = "The score is the probability under the positive model at every token: there is no contrast to see."
-        return Finding(claim, 0.0, "nats", 0.0, null, None if more.n == 1 else (0.0, 0.0), more.n, unit)
+        return Finding(claim, 0.0, "nats", 0.0, null, ends, more.n, unit, quantity=_LOWEST)
     score, p_pos, p_neg, p = (
         float(data[n].values[place]) for n in ("score", "p_positive", "p_negative", "probability")
     )
@@ -259,7 +260,7 @@ def _lowest(result: Result) -> Finding:
         f"The lowest-scoring token is {word!r} (token {at['pos']} of {unit[:-1]} {at['text']}): {fmt(score)}, {side} its "
         f"probability under the positive model ({fmt(p_pos)}; negative {fmt(p_neg)}, model under study {fmt(p)}). "
         f"{_depth(float(data['lowest_nats'].values.mean()), more, unit)}",
-        more.value, "nats", 0.0, null, more.ci95, more.n, more.n_unit, at | {"token": word},
+        more.value, "nats", 0.0, null, more.ci95, more.n, more.n_unit, at | {"token": word}, quantity=_LOWEST,
     )  # fmt: skip
 
 
@@ -283,7 +284,8 @@ def _leaning(result: Result) -> Finding:
         else f"The {_unit(result)} are on average as likely under the positive as under the negative model, to "
         f"{fmt(abs(mean.value))} nats a token."
     )
-    return Finding(claim, mean.value, "nats", 0.0, "both models the same", mean.ci95, mean.n, mean.n_unit)
+    return Finding(claim, mean.value, "nats", 0.0, "both models the same", mean.ci95, mean.n, mean.n_unit,
+                   quantity="log-probability, positive minus negative model")  # fmt: skip
 
 
 def _beside(result: Result) -> list[Finding]:
@@ -306,7 +308,8 @@ def _beside(result: Result) -> list[Finding]:
             f"{_shared(result) if name == 'probability' else ''}."
         )
         meaning = "the positive model's probability in the place of the score"
-        found.append(Finding(claim, mean.value, "rank correlation", null, meaning, mean.ci95, mean.n, mean.n_unit))
+        found.append(Finding(claim, mean.value, "rank correlation", null, meaning, mean.ci95, mean.n, mean.n_unit,
+                             quantity=f"score against {words} of the model"))  # fmt: skip
     return found
 
 
@@ -343,7 +346,8 @@ def _right_and_wrong(result: Result) -> Finding | None:
         f"ones ({counted})."
     )
     n = len(wrong_ones) + len(right_ones)
-    return Finding(claim, value, "nats", 0.0, "wrong and right ones lowered alike", ci95, n, _unit(result))
+    return Finding(claim, value, "nats", 0.0, "wrong and right ones lowered alike", ci95, n, _unit(result),
+                   quantity="lowering of tokens in wrong minus right answers")  # fmt: skip
 
 
 def _against(result: Result) -> plots.Figure:

@@ -155,12 +155,12 @@ class DirectLogitAttribution(Analysis):
                 f"{_sentence(label)} {verb} the lead of {first} over {second}: {fmt(most.value)} logits, "
                 f"where all parts together make {fmt(total.value)}.",
                 most.value, "logits", null.value, "the same component on two random tokens", most.ci95, most.n,
-                most.n_unit, {"component": label},
+                most.n_unit, {"component": label}, quantity="largest contribution of one component",
             ),
             Finding(
                 f"The MLPs together add {fmt(of_mlp.value)} logits to that lead, attention {fmt(of_attention.value)}.",
                 of_mlp.value, "logits", of_null.value, "the MLPs on two random tokens", of_mlp.ci95, of_mlp.n,
-                of_mlp.n_unit,
+                of_mlp.n_unit, quantity="contribution of all MLPs",
             ),
             self._late(result),
         ]  # fmt: skip
@@ -177,7 +177,7 @@ class DirectLogitAttribution(Analysis):
             f"Blocks {late} to {n_layers - 1} of {n_layers} hold {found.value:.0%} of all that is written along it, "
             "signs aside.",
             found.value, "share", null.value, "the same blocks on two random tokens", found.ci95, found.n,
-            found.n_unit, {"layer": late},
+            found.n_unit, {"layer": late}, quantity="share written in the last quarter of blocks",
         )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:

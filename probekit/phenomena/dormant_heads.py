@@ -229,7 +229,7 @@ def _switching(result: Result) -> Finding:
     return Finding(
         claim, value, "heads", float(data["null_switching"].values.mean()), "same rule, domain labels permuted",
         (min(float(low), value), max(float(high), value)), data.sizes["text"], "texts",
-        {"heads": table, "smallest_p": smallest_p(sizes), "texts": sizes},
+        {"heads": table, "smallest_p": smallest_p(sizes), "texts": sizes}, quantity="heads that switch between domains",
     )  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def _switching_cost(result: Result) -> Finding | None:
         f"Removing a switching head costs {fmt(active.value)} nats per token where it is active and {fmt(dormant.value)} "
         f"where it is dormant ({n} of {int(switches.sum())} were removed){aside}.",
         active.value, "nats", dormant.value, "the same heads where they are dormant", active.ci95, active.n, active.n_unit,
-        {"control": control.value if control.n else None},
+        {"control": control.value if control.n else None}, quantity="cost of removing switching heads where active",
     )  # fmt: skip
 
 
@@ -277,6 +277,7 @@ def _dormant_share(result: Result) -> Finding:
         f"In a text, {dormant.value:.0%} of heads are dormant (above {p['dormant']:g}) and {active.value:.0%} active "
         f"(below {p['active']:g}).{aside}",
         dormant.value, "share of heads", 0.0, "uniform causal attention: none", dormant.ci95, dormant.n, dormant.n_unit,
+        quantity="heads that are dormant in a text",
     )  # fmt: skip
 
 
@@ -297,6 +298,7 @@ def _costs(result: Result) -> list[Finding]:
                 cost.value, "nats", dormant.value if against else 0.0,
                 "dormant heads" if against else "a head that does nothing", cost.ci95, cost.n, cost.n_unit,
                 {"layer": layer, "head": head, "domain": domain, "largest_nats": float(most)},
+                quantity=f"cost of removing {name} heads",
             ))  # fmt: skip
     return found
 
@@ -310,6 +312,7 @@ def _agreement(result: Result) -> Finding | None:
         f"Over the {int(removed.sum())} heads that were removed, dormancy and the size of the change in loss have a rank "
         f"correlation of {mean.value:.2f} in a text.",
         mean.value, "rank correlation", 0.0, "an unrelated order", mean.ci95, mean.n, mean.n_unit,
+        quantity="dormancy against the size of the cost",
     )  # fmt: skip
 
 

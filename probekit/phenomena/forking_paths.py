@@ -214,12 +214,15 @@ def _word(result: Result, token: int) -> str:
     return table.get(token, f"[{token}]")
 
 
+_FARTHEST = "distance of the alternative that leads farthest"
+
+
 def _decisive(result: Result) -> Finding:
     found, data = _deciding(result), result.dataset
     by_chance = _by_chance(result)
     if found is None:
         claim = "At every token of the answers only one token is plausible: nothing could have led elsewhere."
-        return Finding(claim, 0.0, "L2 distance", 0.0, "no alternative", None, 1, "alternatives")
+        return Finding(claim, 0.0, "L2 distance", 0.0, "no alternative", None, 1, "alternatives", quantity=_FARTHEST)
     at = int(data["branch_place"].values[found.branch])
     own = plots.visible(str(data["token_str"].values[at]))
     shares, cases = data["branch_share"].values[found.branch], data["case"].values
@@ -233,7 +236,7 @@ def _decisive(result: Result) -> Finding:
         f"place ({float(data['branch_prob'].values[found.branch]):.0%} likely), {shares[top]:.0%} of the answers say "
         f"{str(cases[top])!r}; with {own!r}, {data['branch_share'].values[base][was]:.0%} say {str(cases[was])!r}.",
         value, "L2 distance", by_chance, "median distance between halves of the same continuations", (low, high), n,
-        "continuations", {"text": found.text, "pos": found.place, "token": found.shown},
+        "continuations", {"text": found.text, "pos": found.place, "token": found.shown}, quantity=_FARTHEST,
     )  # fmt: skip
 
 
@@ -261,13 +264,13 @@ def _forks(result: Result) -> Finding:
     share = _per_text(result, np.where(other, far, np.nan), _texts_of_branches(result)) if other.any() else None
     if share is None or not np.isfinite(share.value):
         return Finding("No token of the answers has a plausible alternative.", 0.0, "share of alternatives", 0.0,
-                       "no alternative", None, 1, "answers")  # fmt: skip
+                       "no alternative", None, 1, "answers", quantity="alternatives that fork (not measurable)")  # fmt: skip
     n_tokens, tried = len(result["token_id"]), int(result["sampled"].values.sum())
     return Finding(
         f"{len(places)} of {n_tokens} tokens fork: an alternative that leads elsewhere, by {p['epsilon']:g} or more "
         f"({tried} tokens have one that is plausible; {share.value:.1%} of the alternatives fork).",
         share.value, "share of alternatives", null, "halves of the same continuations that lie as far apart", share.ci95,
-        share.n, share.n_unit, {"n_forks": len(places)},
+        share.n, share.n_unit, {"n_forks": len(places)}, quantity="alternatives that fork",
     )  # fmt: skip
 
 
@@ -300,6 +303,7 @@ def _settled(result: Result) -> Finding:
     return Finding(
         claim, share.value, "share of answers", 0.0, "one distribution all along: odds above 9 are not expected",
         share.ci95, share.n, share.n_unit, {"text": best, "pos": place, "odds": float(odds[best])},
+        quantity="answers whose outcomes change",
     )  # fmt: skip
 
 
@@ -310,6 +314,7 @@ def _survival(result: Result) -> Finding:
     return Finding(
         f"A sampled answer takes none of these forks with probability {mean.value:.0%}.",
         mean.value, "share", 1.0, "no token forks", mean.ci95, mean.n, mean.n_unit,
+        quantity="probability of taking no fork",
     )  # fmt: skip
 
 

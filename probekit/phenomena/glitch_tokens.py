@@ -259,6 +259,7 @@ def _suspects(result: Result) -> list[Finding]:
             f"{k} of the {n} tokens that look most under-trained fail a task ({_counting(result)}), and {k0} of {n0} "
             "drawn from the others.",
             k / n, "share of tokens", k0 / n0 if n0 else 0.0, "tokens drawn at random", wilson(k, n), n, "tokens",
+            quantity="most suspicious tokens that fail a task",
         )
     ]  # fmt: skip
 
@@ -282,7 +283,7 @@ def _prevalence(result: Result) -> Finding:
     return Finding(
         f"{about}{k + value:,.0f} glitch tokens {how} the {total:,} ordinary tokens of the vocabulary.",
         (k + value) / total, "share of tokens", 0.0, "a model that handles every token", ci,
-        *((1, "vocabulary") if ci is None else (n + n0, "tokens")),
+        *((1, "vocabulary") if ci is None else (n + n0, "tokens")), quantity="glitch tokens among ordinary tokens",
     )  # fmt: skip
 
 
@@ -300,7 +301,7 @@ def _strings(result: Result) -> Finding:
     return Finding(
         f"Glitch tokens that were found, most under-trained first: {listed}{more}; {advice}.",
         float(len(bad)), "tokens", 0.0, "a model that handles every token", None, 1, "vocabulary",
-        {"ids": ", ".join(map(str, bad[:40].tolist()))},
+        {"ids": ", ".join(map(str, bad[:40].tolist()))}, quantity="glitch tokens that were found",
     )  # fmt: skip
 
 
@@ -317,6 +318,7 @@ def _by_clusters(result: Result) -> Finding:
         f"probing {probed} of {int(known.sum())}; they hold {k} of the {n} glitch tokens of the scan.",
         k / n if n else 0.0, "share of glitch tokens", returned / max(int(known.sum()), 1),
         "as many scanned tokens at random", wilson(k, n) if n else None, max(n, 1), "glitch tokens",
+        quantity="glitch tokens in flagged clusters" + ("" if n else " (not measurable)"),
     )  # fmt: skip
 
 
@@ -333,6 +335,7 @@ def _by_indicator(result: Result) -> list[Finding]:
             f"{'' if ends is None else 'about '}{k + value:,.0f} glitch tokens of the vocabulary.",
             k / (k + value), "share of glitch tokens", n / (n + rest), "as many ordinary tokens at random", ci,
             *((1, "vocabulary") if ci is None else (n + n_drawn, "tokens")),
+            quantity="glitch tokens among the most suspicious",
         )
     ]  # fmt: skip
 
@@ -345,6 +348,7 @@ def _incompetent(result: Result) -> Finding:
     return Finding(
         f"No task counts, so that no token is judged: random tokens pass {said}; expected at least {least:.0%}.",
         best, "share of tokens", least, "the least competence", wilson(round(best * n), n), n, "tokens",
+        quantity="random tokens that pass the best task",
     )  # fmt: skip
 
 

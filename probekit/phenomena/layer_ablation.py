@@ -134,7 +134,7 @@ class LayerAblation(Analysis):
             f"the predictions on average, {lowest:.0%} at worst (block {worst}).",
             kept.value, "share of tokens", _chance(result["top_id"].values),
             "original predictions at two different positions", kept.ci95, kept.n, kept.n_unit,
-            {"case": case, "layers": middle, "worst": worst},
+            {"case": case, "layers": middle, "worst": worst}, quantity=f"predictions kept after {what.lower()}",
         )  # fmt: skip
 
     def _worst(self, result: Result) -> Finding:
@@ -149,7 +149,7 @@ class LayerAblation(Analysis):
             f"Deleting block {worst} does most: KL {fmt(most.value)} nats and {fmt(loss)} nats of loss per token; the "
             f"median of the other blocks is KL {fmt(typical)}.",
             most.value, "nats", typical, "median over the other blocks", most.ci95, most.n, most.n_unit,
-            {"layer": worst, "loss_change_nats": loss},
+            {"layer": worst, "loss_change_nats": loss}, quantity="KL of deleting the block that matters most",
         )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
@@ -305,7 +305,7 @@ def _outlier(result: Result) -> Finding | None:
         f"Among the blocks away from both ends, block {layers[k]} stands out: deleting it costs KL {fmt(it.value)} nats, "
         f"its neighbours {fmt(beside[k])}. It is {also} after which the largest activation has grown most.",
         it.value, "nats", beside[k], "mean of two neighbours on each side", it.ci95, it.n, it.n_unit,
-        {"layer": layers[k], "writer": writer},
+        {"layer": layers[k], "writer": writer}, quantity="KL of deleting the inner block that stands out",
     )  # fmt: skip
 
 
@@ -319,7 +319,7 @@ def _local(result: Result) -> Finding:
         f"Heads look most at the {_WINDOW} tokens before them in block {top} ({depth:.0%} of the depth): {it.value:.0%} "
         f"of attention, {share[-1]:.0%} in the last block.",
         it.value, "share of attention", uniform, "uniform causal attention", it.ci95, it.n, it.n_unit,
-        {"layer": top, "depth": depth},
+        {"layer": top, "depth": depth}, quantity="attention to near tokens in the most local block",
     )  # fmt: skip
 
 
@@ -335,7 +335,7 @@ def _ensembling(result: Result) -> Finding:
         f"The lens is farthest from the final distribution after block {pooled} of {n_layers} and approaches it from "
         f"there on; in a single text that is at {depth.value:.0%} of the depth on average.",
         depth.value, "share of depth", 0.5, "a peak at any depth alike", depth.ci95, depth.n, depth.n_unit,
-        {"layer": pooled},
+        {"layer": pooled}, quantity="depth at which the lens is farthest off",
     )  # fmt: skip
 
 

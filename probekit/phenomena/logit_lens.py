@@ -179,13 +179,14 @@ class LogitLens(Analysis):
             Finding(
                 f"Predictions{_by(data)} settle at block {settled.value:.1f} of {n_layers - 1} on average.",
                 settled.value, "layer", n_layers - 1.0, "decided only in the last block",
-                settled.ci95, settled.n, settled.n_unit,
+                settled.ci95, settled.n, settled.n_unit, quantity="layer at which predictions settle",
             ),
             Finding(
                 f"After block {late} of {n_layers - 1} the {_reader(data)} names the final prediction "
                 f"for {agree.value:.0%} of tokens.",
                 agree.value, "share of tokens", chance, "paired with other positions' predictions",
                 agree.ci95, agree.n, agree.n_unit, {"layer": late},
+                quantity="predictions final after three quarters of the blocks",
             ),
         ]  # fmt: skip
 
@@ -206,6 +207,7 @@ class LogitLens(Analysis):
         return Finding(
             claim, from_layer.value, "layer", 0.0, "informative at every layer",
             from_layer.ci95, from_layer.n, from_layer.n_unit, {"layer": pooled},
+            quantity="layer from which the lens beats a uniform guess",
         )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:

@@ -164,7 +164,7 @@ class MassiveActivations(Analysis):
             f"{lead} magnitude {fmt(size.value)} in dimension {dim} at position {pos}, "
             f"{fmt(ratio.value)} × the layer's median.",
             ratio.value, "× median", null, "largest of as many Gaussian entries", ratio.ci95, ratio.n, ratio.n_unit,
-            {"dim": dim, "pos": pos, "magnitude": size.value},
+            {"dim": dim, "pos": pos, "magnitude": size.value}, quantity="largest entry over the layer's median",
         )  # fmt: skip
 
     def _written(self, result: Result) -> Finding:
@@ -179,7 +179,7 @@ class MassiveActivations(Analysis):
             f"Block {writer} writes it, with its {part} rather than its {other} ({max(mlp, 1 - mlp):.0%} of what "
             f"both add, by norm): its magnitude grows by {fmt(grown.value)} (the writer in {share:.0%} of texts).",
             grown.value, "activation", typical, "median change elsewhere, mean over texts", grown.ci95, grown.n, grown.n_unit,
-            {"layer": writer, "part": part},
+            {"layer": writer, "part": part}, quantity="growth of the largest entry at its writer",
         )  # fmt: skip
 
     def _erased(self, result: Result) -> Finding:
@@ -194,7 +194,7 @@ class MassiveActivations(Analysis):
         claim = f"{who}: {gone.value:.0%} of the peak is gone at the end."
         return Finding(
             claim, gone.value, "share of the peak", 0.0, "what is written stays", gone.ci95, gone.n, gone.n_unit,
-            {"layers": erasers},
+            {"layers": erasers}, quantity="part of the largest entry's peak that is gone",
         )  # fmt: skip
 
     def _layers(self, result: Result) -> Finding:
@@ -210,7 +210,7 @@ class MassiveActivations(Analysis):
         claim += f"; above {p['loose_ratio']:g} × also after {extremes.in_words(also)}." if also else "."
         return Finding(
             claim, count.value, "layers", 0.0, "Gaussian entries: no layer", count.ci95, count.n, count.n_unit,
-            {"strict": strict.tolist(), "loose": loose.tolist()},
+            {"strict": strict.tolist(), "loose": loose.tolist()}, quantity="layers with massive entries",
         )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
@@ -326,6 +326,7 @@ def _carriers(result: Result) -> Finding:
         share.value, "share of their tokens at the first position", chance, "tokens at any position alike",
         share.ci95, share.n, share.n_unit,
         {**dict(zip(extremes.ROLES, held.astype(int).tolist(), strict=True)), "dims": dims},
+        quantity=f"tokens with {'loosely ' * bool(end)}massive entries that come first",
     )  # fmt: skip
 
 
@@ -347,6 +348,7 @@ def _removal(result: Result) -> list[Finding]:
         return [Finding(
             f"No entry is massive after {where}: there was nothing to set to zero.",
             0.0, "entries per text", 0.0, "Gaussian entries: none", none.ci95, none.n, none.n_unit, {"block": cut["block"]},
+            quantity="massive entries to set to zero",
         )]  # fmt: skip
     return [_cost(result, case) for case in ("zero", "mean") if case in cases]
 
@@ -372,6 +374,7 @@ def _cost(result: Result, case: str) -> Finding:
         f"from {before} to {after}, {verdict}.",
         cost.value, "nats per token", null, "the larger change of two controls", cost.ci95, cost.n, cost.n_unit,
         {"block": cut["block"], "case": case, "perplexity": float(perplexity.sel(case=case)), "beyond_controls": worse},
+        quantity=f"loss cost of massive entries at {'zero' if case == 'zero' else 'their mean'}",
     )  # fmt: skip
 
 

@@ -255,8 +255,9 @@ def _units(result: Result) -> Units:
 
 
 def _finding(
-    result: Result, claim: str, statistic: Callable[[np.ndarray], float], null: float, *, unit: str, where: Any = None
-) -> Finding:
+    result: Result, claim: str, statistic: Callable[[np.ndarray], float], null: float,
+    *, unit: str, quantity: str, where: Any = None,
+) -> Finding:  # fmt: skip
     """A finding about all tokens; its claim ends in what the interval says of the null."""
     units = _units(result)
     value = statistic(np.arange(len(units.of)))
@@ -266,7 +267,10 @@ def _finding(
     clear = ci95 is None or not ci95[0] <= null <= ci95[1]
     tail = "." if clear else "; these answers do not tell the two apart."
     return Finding(claim + tail, float(value), unit, null, "noise on all logits of the base, with the same mean JS", ci95,
-                   units.n, units.names, where or {})  # fmt: skip
+                   units.n, units.names, where or {}, quantity=quantity)  # fmt: skip
+
+
+_NEAR = "tokens at which the base would hardly differ"
 
 
 def _alike(result: Result) -> Finding:
@@ -274,7 +278,7 @@ def _alike(result: Result) -> Finding:
     return Finding(
         f"The two models say the same at every one of the {len(units.of):,} tokens: JS is 0 nats at all of them.", 1.0,
         f"share of tokens below {near:g} nats", 1.0, "a model against itself", None if units.n < 2 else (1.0, 1.0),
-        units.n, units.names,
+        units.n, units.names, quantity=_NEAR,
     )  # fmt: skip
 
 
@@ -286,7 +290,9 @@ def _sparse(result: Result) -> Finding:
         f"below {near:g} nats, where a change that aims at nothing and has the same mean ({fmt(float(js.mean()))} nats) "
         f"gives {null:.0%}"
     )
-    return _finding(result, claim, lambda rows: float((js[rows] < near).mean()), null, unit="share of tokens")
+    return _finding(
+        result, claim, lambda rows: float((js[rows] < near).mean()), null, unit="share of tokens", quantity=_NEAR
+    )
 
 
 def _carriers(result: Result) -> Finding:
@@ -302,8 +308,9 @@ def _carriers(result: Result) -> Finding:
     )
     where = {"text": text, "pos": pos, "token": word}
     return _finding(
-        result, claim, lambda rows: float(carried(js[rows])[FEW - 1]), null, unit="share of JS", where=where
-    )
+        result, claim, lambda rows: float(carried(js[rows])[FEW - 1]), null, unit="share of JS",
+        quantity="JS at the few tokens where it is largest", where=where,
+    )  # fmt: skip
 
 
 def _likeliest(result: Result) -> Finding:
@@ -313,7 +320,10 @@ def _likeliest(result: Result) -> Finding:
         f"At {changed.mean():.1%} of the tokens the likeliest one is another (noise: {null:.1%}); of the model's "
         f"{result.params.as_dict()['overlap_k']} likeliest, {overlap:.0%} are among the base's"
     )
-    return _finding(result, claim, lambda rows: float(changed[rows].mean()), null, unit="share of tokens")
+    return _finding(
+        result, claim, lambda rows: float(changed[rows].mean()), null, unit="share of tokens",
+        quantity="tokens whose likeliest token changes",
+    )  # fmt: skip
 
 
 def _placed(result: Result) -> Finding:
@@ -325,31 +335,35 @@ def _placed(result: Result) -> Finding:
         mean = values[rows].mean()
         return float(values[here].mean() / mean) if here.size and mean > 0 else float("nan")
 
-    every = np.arange(len(js))
+    every, quantity = np.arange(len(js)), "JS in the first tenth of answers"
     value, end, null = start(js, every), start(js, every, False), start(result["unspecific_nats"].values, every)
     if not np.isfinite([value, end, null]).all():
         claim = "The answers are too short for a first and a last tenth"
-        return _finding(result, claim, lambda rows: 1.0, 1.0, unit="× mean JS")
+        return _finding(result, claim, lambda rows: 1.0, 1.0, unit="× mean JS", quantity=f"{quantity} (not measurable)")
     cut = (result["length"].sel(case=ARMS[3]).values >= p["max_tokens"]).mean()
     claim = (
         f"In the first tenth of an answer JS is {fmt(value)} times its mean (noise: {fmt(null)} times), in the last tenth "
         f"{fmt(end)} times{f', though {cut:.0%} of the answers stop for want of room' if cut else ''}"
     )
-    return _finding(result, claim, lambda rows: start(js, rows), null, unit="× mean JS")
+    return _finding(result, claim, lambda rows: start(js, rows), null, unit="× mean JS", quantity=quantity)
 
 
 def _uncertain(result: Result) -> Finding:
     js, entropy = result["js_nats"].values, result["entropy_base_nats"].values
     value, null = (rank_correlation(v, entropy) for v in (js, result["unspecific_nats"].values))
+    quantity = "JS against the base's entropy"
     if not np.isfinite([value, null]).all():
         claim = (
             "The base is as uncertain at one token as at another, so that its entropy tells none of them from others"
         )
-        return _finding(result, claim, lambda rows: 0.0, 0.0, unit="rank correlation")
+        return _finding(
+            result, claim, lambda rows: 0.0, 0.0, unit="rank correlation", quantity=f"{quantity} (not measurable)"
+        )
     claim = (
         f"Where the base is uncertain, JS is {'larger' if value > 0 else 'smaller'}: rank correlation with its entropy "
         f"{value:.2f}, where a change that aims at nothing gives {null:.2f}"
     )
     return _finding(
-        result, claim, lambda rows: rank_correlation(js[rows], entropy[rows]), null, unit="rank correlation"
-    )
+        result, claim, lambda rows: rank_correlation(js[rows], entropy[rows]), null, unit="rank correlation",
+        quantity=quantity,
+    )  # fmt: skip

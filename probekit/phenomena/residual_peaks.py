@@ -189,7 +189,7 @@ def _first(result: Result) -> Finding:
         f"After block {layer}, the residual stream at position 0 is {fmt(found.value)} × as long as at other tokens "
         f"({fmt(float(norms[pos == 0].mean()))} against {fmt(float(norms[pos > 0].mean()))}).",
         found.value, "× others", 1.0, "a random other position", found.ci95, found.n, found.n_unit,
-        {"layer": layer, "pos": 0},
+        {"layer": layer, "pos": 0}, quantity="norm of the residual stream at position 0",
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def _largest(result: Result, peaked: bool) -> Finding:
     return Finding(
         f"{lead} is {fmt(found.value)} × on average, at {listed} of texts.",
         found.value, "× others", null, "largest of as many Gaussian streams", found.ci95, found.n, found.n_unit,
-        {"roles": dict(roles)},
+        {"roles": dict(roles)}, quantity="largest norm of the residual stream in a text",
     )  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def _written(data: xr.Dataset) -> Finding:
         f"Block {layer} writes the peak (in {count / share.n:.0%} of texts), by its {part}: of what its sub-layers add "
         f"there, the MLP's part is {share.value:.0%}; at other tokens it is {null:.0%}.",
         share.value, "share", null, "the same block at other tokens", share.ci95, share.n, share.n_unit,
-        {"layer": layer, "sublayer": part},
+        {"layer": layer, "sublayer": part}, quantity="the MLP's part in writing the peak",
     )  # fmt: skip
 
 
@@ -247,6 +247,7 @@ def _erased(result: Result) -> Finding:
     return Finding(
         f"{claim}: {gone.value:.0%} of its largest norm is gone after the last block.",
         gone.value, "share of the norm", 0.0, "what is written stays", gone.ci95, gone.n, gone.n_unit, where,
+        quantity="part of the peak that is gone",
     )  # fmt: skip
 
 
@@ -259,7 +260,7 @@ def _blocks(result: Result) -> Finding:
     return Finding(
         f"A peak of {least:g} × or more, on average over texts, is {claim}.",
         count.value, "blocks per text", 0.0, "Gaussian streams: none", count.ci95, count.n, count.n_unit,
-        {"layers": layers},
+        {"layers": layers}, quantity="blocks with a peak",
     )  # fmt: skip
 
 
@@ -278,6 +279,7 @@ def _beside_sinks(result: Result) -> Finding | None:
         f"In blocks that read a peak, {there.mean():.0%} of heads have a sink at its token; in blocks that do not, "
         f"{elsewhere.mean():.0%}.",
         found.value, "share of heads", 0.0, "sinks unrelated to the peak", found.ci95, found.n, found.n_unit,
+        quantity="sinks at its token, blocks with minus without peak",
     )  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def _counted(result: Result, kind: int) -> Finding:
     )
     return Finding(
         claim, count.value, "tokens per text", null, "an ordinary token in the primary's place",
-        count.within(0, np.inf).ci95, count.n, count.n_unit, {"levels": levels},
+        count.within(0, np.inf).ci95, count.n, count.n_unit, {"levels": levels}, quantity=KINDS[kind],
     )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def _windows(result: Result) -> Finding:
     return Finding(
         f"The norm {stands}; the published window is {published}.",
         count.value, "windows per text", 0.0, "Gaussian streams: none", count.ci95, count.n, count.n_unit,
-        {"windows": own, "published": published},
+        {"windows": own, "published": published}, quantity="windows in which the first token's norm stands out",
     )  # fmt: skip
 
 
@@ -250,6 +250,7 @@ def _midway(result: Result) -> Finding:
         f"in the outer thirds {outer.mean():.2f}.",
         change.value, "share", 0.0, "as much in the middle as before and after", change.ci95, change.n, change.n_unit,
         {"middle": float(middle.mean()), "outer": float(outer.mean())},
+        quantity="attention on the primary sink, middle minus outer thirds",
     )  # fmt: skip
 
 
@@ -267,7 +268,8 @@ def _made(result: Result, kind: int) -> list[Finding]:
             f"primary, at the text's ordinary tokens {np.nanmean(rest):.2f}; it is {fmt(times)} × as long."
         )
         null, where = "the text's ordinary tokens in that layer", {"times_norm": times}
-        found.append(Finding(claim, change.value, "|cosine|", 0.0, null, change.ci95, change.n, change.n_unit, where))
+        found.append(Finding(claim, change.value, "|cosine|", 0.0, null, change.ci95, change.n, change.n_unit, where,
+                             quantity=f"alignment of MLP output with the primary, {name}"))  # fmt: skip
     own, rest = table.contrast(kind, result["cosine"].values, same_id=True)
     change = text_mean(own - rest)
     if change.n:
@@ -276,7 +278,8 @@ def _made(result: Result, kind: int) -> list[Finding]:
             f"token ids have {np.nanmean(rest):.2f}."
         )
         null = "same ids where they are not sink-like, in that layer"
-        found.append(Finding(claim, change.value, "|cosine|", 0.0, null, change.ci95, change.n, change.n_unit))
+        found.append(Finding(claim, change.value, "|cosine|", 0.0, null, change.ci95, change.n, change.n_unit,
+                             quantity=f"alignment beyond that of the same ids, {name}"))  # fmt: skip
     return found
 
 

@@ -23,11 +23,13 @@ _RHO = {
     "key": "key norm",
     "value": "value norm",
 }
-_ALSO = (  # beside the sink rate: variable, unit, words for removed, control and blocks
-    ("value_ratio", "× later", "values at position 0 are {0} × as long as later ones {2} ({1} × in the control)"),
-    ("stream_ratio", "× later", "the stream at position 0 is {0} × as long as later ones {2} ({1} × in the control)"),
-    ("loss_nats", "nats per token", "the loss is {0} nats per token ({1} in the control)"),
-)
+_ALSO = (  # beside the sink rate: variable, unit, words for removed, control and blocks, what it is
+    ("value_ratio", "× later", "values at position 0 are {0} × as long as later ones {2} ({1} × in the control)",
+     "values at position 0"),
+    ("stream_ratio", "× later", "the stream at position 0 is {0} × as long as later ones {2} ({1} × in the control)",
+     "stream at position 0"),
+    ("loss_nats", "nats per token", "the loss is {0} nats per token ({1} in the control)", "loss"),
+)  # fmt: skip
 _RATE, _LOG = {"y_range": (0.0, 1.0)}, {"log_y": True}
 _SHAPES: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # figures by case: title, unit, quantity, axis
     "sink_rate": ("", "share of heads", "sink at position 0", _RATE),
@@ -200,7 +202,7 @@ def _phase_findings(result: Result, writer: int, last: int) -> list[Finding]:
     at_sinks = {f"received_{k.replace(' ', '_')}": it.value for k, it in received.items() if it.n}
     control = "control" if "control" in rate else _OWN  # no control where every dimension holds a massive entry
     own, removed, null = (text_mean(rate[k]).within(0, 1) for k in (_OWN, "removed", control))
-    verdict = _verdict(text_mean(rate["removed"] - rate[control]), null.value)
+    verdict = sc.verdict(text_mean(rate["removed"] - rate[control]), null.value)
     blocks = f"in blocks {writer + 1} to {last}"
     by_block = _curve(_cases(result, "sink_rate", writer)["removed"])[0].values[writer + 1 : last + 1]
     later = {k: text_mean(sc.over_layers(a.values[last + 1 :])) for k, a in _cases(result, "sink_rate", writer).items()}
@@ -212,33 +214,26 @@ def _phase_findings(result: Result, writer: int, last: int) -> list[Finding]:
             f"{blocks}, {by_block.min():.0%} to {by_block.max():.0%} block by block ({own.value:.1%} as it is, "
             f"{null.value:.1%} in the control): {verdict}.{further}",
             removed, "share of heads", (null.value, "other dimensions of the same tokens removed"), {**where, **at_sinks},
+            "sinks without massive entries",
         )
     ]  # fmt: skip
     if "mean" in rate:
         mean = text_mean(rate["mean"]).within(0, 1)
         as_it_is = text_mean(np.where(np.isfinite(rate["mean"]), rate[_OWN], np.nan)).value
         claim = f"With their mean over other texts instead ({n['mean']} entries), it is a sink of {mean.value:.1%} of heads."
-        found.append(_finding(claim, mean, "share of heads", (as_it_is, "the model as it is"), where))
-    for name, unit, words in _ALSO:
+        was = as_it_is, "the model as it is"
+        found.append(_finding(claim, mean, "share of heads", was, where, "sinks with massive entries at their mean"))
+    for name, unit, words, what in _ALSO:
         cases = _compared(result, name, writer, last)
         it, other = text_mean(cases["removed"]), text_mean(cases[control]).value
         claim = f"Without the entries of block {writer}, {words.format(fmt(it.value), fmt(other), blocks)}."
-        found += [_finding(claim, it, unit, (other, "the control"), where)] if it.n else []
+        quantity = f"{what} without massive entries"
+        found += [_finding(claim, it, unit, (other, "the control"), where, quantity)] if it.n else []
     return found
 
 
-def _verdict(gap: Estimate, control: float) -> str:
-    """What the difference between removed and control, paired by text, says of the sinks."""
-    low, high = gap.ci95 or (-np.inf, np.inf)
-    if max(-low, high) <= 0.1 * control:
-        return "the sinks stay"
-    if low <= 0 <= high:
-        return "no difference is resolved"
-    return "the sinks grow" if gap.value > 0 else f"{-gap.value / control:.0%} of the sinks go with them"
-
-
-def _finding(claim: str, it: Estimate, unit: str, null: tuple[float, str], where: dict[str, Any]) -> Finding:
-    return Finding(claim, it.value, unit, *null, it.ci95, it.n, it.n_unit, where)
+def _finding(claim: str, it: Estimate, unit: str, null: tuple[float, str], where: dict[str, Any], what: str) -> Finding:
+    return Finding(claim, it.value, unit, *null, it.ci95, it.n, it.n_unit, where, quantity=what)
 
 
 def _nothing_removed(result: Result) -> Finding:
@@ -247,7 +242,7 @@ def _nothing_removed(result: Result) -> Finding:
     uniform = float(np.mean(1 / np.arange(1, p["horizon"] + 1)) > p["epsilon"])
     none = f"No entry that a later block reads is above {p['min_magnitude']:g} and {p['ratio']:g} × median"
     claim = f"{none if p['phases'] else 'Nothing was changed'}; position 0 is a sink of {rate.value:.1%} of heads."
-    return _finding(claim, rate, "share of heads", (uniform, "uniform causal attention"), {})
+    return _finding(claim, rate, "share of heads", (uniform, "uniform causal attention"), {}, "sinks at position 0")
 
 
 def _overlap(result: Result) -> Finding | None:
@@ -261,6 +256,7 @@ def _overlap(result: Result) -> Finding | None:
         f"{it.value:.1%} of sinks (layer, head, token) are on a token that enters the block with a massive entry, "
         f"{null:.1%} by chance{without}. Such a token is a sink of {back:.1%} of heads.",
         it, "share of sinks", (null, "sinks at random tokens of the text"), {"back": back},
+        "sinks on tokens with a massive entry",
     )  # fmt: skip
 
 
@@ -270,8 +266,8 @@ def _association(result: Result, name: str) -> Finding | None:
         f"Among later positions, attention received and {_RHO[name]} have a rank correlation of {rest.value:+.2f} "
         f"({every.value:+.2f} with position 0)."
     )
-    null = 0.0, "tokens permuted within their text"
-    return _finding(claim, rest.within(-1, 1), "rank correlation", null, {"quantity": name}) if rest.n else None
+    null, what = (0.0, "tokens permuted within their text"), f"attention received against {_RHO[name]}"
+    return _finding(claim, rest.within(-1, 1), "rank correlation", null, {"quantity": name}, what) if rest.n else None
 
 
 def _channel(result: Result) -> Finding | None:
@@ -279,14 +275,16 @@ def _channel(result: Result) -> Finding | None:
     best, held = held_out_best(at_sinks)
     it, null = text_mean(held).within(0, 1), text_mean(elsewhere[:, best]).value
     claim = f"The largest entry of a sink is in dimension {best} in {it.value:.0%} of (layer, head, token), at other tokens in {null:.0%}."
-    return _finding(claim, it, "share of sinks", (null, "tokens that are no sink"), {"dim": best}) if it.n else None
+    where, quantity = {"dim": best}, "sinks whose largest entry is in one dimension"
+    return _finding(claim, it, "share of sinks", (null, "tokens that are no sink"), where, quantity) if it.n else None
 
 
 def _drain(result: Result) -> Finding | None:
     at = result["drain"].where(result["sink_at_first"] > 0).values
     it = text_mean(sc.over_layers(at))
     claim = f"Where position 0 is a sink, its value adds to the stream, per attention, {fmt(it.value)} × what later ones would."
-    return _finding(claim, it, "× later", (1.0, "positions alike"), {"pos": 0}) if it.n else None
+    quantity = "what a sink's value adds to the stream"
+    return _finding(claim, it, "× later", (1.0, "positions alike"), {"pos": 0}, quantity) if it.n else None
 
 
 def _curve(array: xr.DataArray) -> tuple[xr.DataArray, tuple[xr.DataArray, xr.DataArray]]:

@@ -167,6 +167,7 @@ class Steering(Analysis):
         first = Finding(
             claim, slope.value, "nats per token and dose", float(controls.mean()), "mean slope of the controls",
             slope.ci95, slope.n, slope.n_unit, {"layer": layer, "steers": works, "control_rms": _rms(controls)},
+            quantity="preference gained per dose",
         )  # fmt: skip
         return [first, self._monotone(at, layer), *self._cost(at, layer), self._agreement(at, layer)]
 
@@ -179,7 +180,7 @@ class Steering(Analysis):
             f"From dose {doses[0]:+g} to {doses[-1]:+g} after block {layer} the preference goes from {_signed(low)} to "
             f"{_signed(high)} nats per token against none; {rises.value:.0%} of the steps between doses raise it.",
             rises.value, "share of steps", 0.5, "a step raises it as often as not", rises.ci95, rises.n, rises.n_unit,
-            {"layer": layer, "lowest": low, "highest": high},
+            {"layer": layer, "lowest": low, "highest": high}, quantity="steps between doses that raise the preference",
         )  # fmt: skip
 
     def _cost(self, at: xr.Dataset, layer: int) -> Iterator[Finding]:
@@ -194,6 +195,7 @@ class Steering(Analysis):
             f"control directions of the same length cost {fmt(control)}.",
             cost.value, "nats per token", control, "mean cost of the controls", cost.ci95, cost.n, cost.n_unit,
             {"layer": layer, "dose": dose, "kl_nats": float(end["kl_nats"].mean())},
+            quantity="cost to neutral texts at the highest dose",
         )  # fmt: skip
 
     def _agreement(self, at: xr.Dataset, layer: int) -> Finding:
@@ -202,7 +204,7 @@ class Steering(Analysis):
             f"After block {layer} a pair's difference has cosine {fmt(cosine.value)} with the direction of the other "
             f"pairs, which is {fmt(float(at['length']))} median norms long.",
             cosine.value, "cosine", 0.0, "differences in unrelated directions", cosine.ci95, cosine.n, cosine.n_unit,
-            {"layer": layer, "length": float(at["length"])},
+            {"layer": layer, "length": float(at["length"])}, quantity="agreement of a pair with the other pairs",
         )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:

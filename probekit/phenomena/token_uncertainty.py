@@ -142,11 +142,13 @@ class TokenUncertainty(Analysis):
             Finding(
                 _calibration_claim(gap),
                 gap.value, "nats", 0.0, "calibrated: mean surprisal = mean entropy", gap.ci95, gap.n, gap.n_unit,
+                quantity="mean surprisal minus mean entropy",
             ),
             Finding(
                 f"On average the next token is uncertain by {fmt(mean.value)} nats, "
                 f"as if {fmt(float(np.exp(mean.value)))} tokens were equally likely.",
                 mean.value, "nats", limit, "uniform over the vocabulary", mean.ci95, mean.n, mean.n_unit,
+                quantity="entropy of the next token",
             ),
             *([self._concentration(result)] if mean.value > 0 else []),
         ]  # fmt: skip
@@ -159,7 +161,7 @@ class TokenUncertainty(Analysis):
             f"The {share:.0%} of tokens with the highest entropy (at least {fmt(least)} nats) hold "
             f"{held.value:.0%} of all uncertainty.",
             held.value, "share of entropy", exact, "spread evenly", held.ci95, held.n, held.n_unit,
-            {"entropy_at_least_nats": least},
+            {"entropy_at_least_nats": least}, quantity="entropy at the most uncertain tokens",
         )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:

@@ -242,6 +242,7 @@ def _behaviour(result: Result) -> list[Finding]:
             f"The model cannot write {k} of the {n} strongest candidates (probability below {threshold:.0%} in every "
             f"prompt){beside}.",
             k / n, "share of candidates", null, against, wilson(k, n), n, "tokens",
+            quantity="strongest candidates that the model cannot write",
         )
     ]  # fmt: skip
 
@@ -253,16 +254,16 @@ def _strings(result: Result) -> Finding:
     threshold = result.params.as_dict()["threshold"]
     if (asked == _TESTED).any():
         bad = np.flatnonzero((asked == _TESTED) & (best < threshold))
-        what = "Under-trained by weights and by behaviour; strip these from user input"
+        what, by = "Under-trained by weights and by behaviour; strip these from user input", "weights and behaviour"
     else:
         bad = np.flatnonzero(data["candidate"].values > 0)
-        what = "Suspicious by weights alone (nothing was verified)"
+        what, by = "Suspicious by weights alone (nothing was verified)", "weights alone"
     bad = bad[np.argsort(ranked[bad], kind="stable")]
     listed = ", ".join(f"{_word(result, int(i))!r} ({i})" for i in bad[:12]) or "none"
     more = f" and {len(bad) - 12} more" if len(bad) > 12 else ""
     return Finding(
         f"{what}: {listed}{more}.", float(len(bad)), "tokens", 0.0, "a vocabulary that was trained throughout", None, 1,
-        "vocabulary", {"ids": ", ".join(map(str, bad[:40].tolist()))},
+        "vocabulary", {"ids": ", ".join(map(str, bad[:40].tolist()))}, quantity=f"tokens that look under-trained by {by}",
     )  # fmt: skip
 
 
@@ -275,6 +276,7 @@ def _reachable(result: Result) -> Finding:
     return Finding(
         f"{out:,} of {len(kinds):,} ids are not what their own text encodes to ({listed}).", out / len(kinds),
         "share of ids", 0.0, "every token can be written", None, 1, "vocabulary",
+        quantity="ids that their own text does not encode to",
     )  # fmt: skip
 
 

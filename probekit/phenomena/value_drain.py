@@ -18,9 +18,7 @@ _KINDS: dict[str, tuple[Capture, str]] = {
     "value": (Capture("v", Norm()), "norm of the value that the query head reads"),
     "key": (Capture("k", Norm()), "norm of the key that the query head reads"),
 }
-_PAIR = ("text", "layer", "head")
-_TOKEN = ("layer", "head", "token")
-_QUERY = ("layer", "query")
+_PAIR, _TOKEN, _QUERY = ("text", "layer", "head"), ("layer", "head", "token"), ("layer", "query")
 _ABSENT = {kind: f"NaN where the backend shows no {capture.point}" for kind, (capture, _) in _KINDS.items()}
 
 
@@ -162,8 +160,7 @@ class _Seen:
         n = received.shape[-1]
         search = received[..., : n - params.tail]
         strength, place = search.max(axis=-1), search.argmax(axis=-1)
-        sinks = (received > params.epsilon) & (np.arange(n) < n - params.tail)
-        has = strength > params.epsilon
+        sinks, has = (received > params.epsilon) & (np.arange(n) < n - params.tail), strength > params.epsilon
         main = int(np.bincount(place[has], minlength=1).argmax())
         return cls(strength, place, np.full_like(place, main), sinks, has)
 
@@ -240,7 +237,7 @@ def _drain(data: xr.Dataset, has: np.ndarray, epsilon: float) -> Finding | None:
         f"Values at sinks {verb}: heads with a sink (alpha > {epsilon:g}, {has.mean():.0%} of pairs) have an output "
         f"norm of {fmt(found.value)} × that of their other tokens there {_beside(value, key)}{among}.",
         found.value, "× others", 1.0, "a random other token in place of the sink", found.ci95, found.n, found.n_unit,
-        {"epsilon": epsilon, "share_of_pairs": float(has.mean())},
+        {"epsilon": epsilon, "share_of_pairs": float(has.mean())}, quantity="output norm at the sinks of heads",
     )  # fmt: skip
 
 
@@ -256,6 +253,7 @@ def _contrast(data: xr.Dataset, has: np.ndarray) -> Finding | None:
         f"At each text's main sink, heads without a sink have {fmt(none[both].mean())} × the output norm of others and "
         f"heads with it {fmt(sinks[both].mean())} ×: a difference of {fmt(found.value)}.",
         found.value, "× others", 0.0, "norms at the token unrelated to sinks", found.ci95, found.n, found.n_unit,
+        quantity="output norm, heads without minus with the sink",
     )  # fmt: skip
 
 
@@ -268,6 +266,7 @@ def _first(data: xr.Dataset) -> Finding | None:
         f"At position 0, over all heads, the output norm is {fmt(found.value)} × the mean of later tokens "
         f"{_beside(value, key)}.",
         found.value, "× others", 1.0, "a random later token", found.ci95, found.n, found.n_unit, {"pos": 0},
+        quantity="output norm at position 0",
     )  # fmt: skip
 
 
@@ -283,6 +282,7 @@ def _joint(data: xr.Dataset) -> Finding | None:
         f"Heads with stronger sinks {words}: Spearman's rho between received attention and the ratio of output norms, "
         f"over (layer, head) pairs, is {found.value:+.2f}.",
         found.value, "rho", 0.0, "strength and ratio unrelated over pairs", found.ci95, found.n, found.n_unit,
+        quantity="sink strength against output norm, over heads",
     )  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def _gap(data: xr.Dataset) -> Finding | None:
         f"Queries score position 0 above the keys in between by {fmt(overall.value)} nats on average, and most in "
         f"block {layer}: by {fmt(found.value)} nats (mean over its heads).",
         found.value, "nats", 0.0, "scores that do not depend on the key", found.ci95, found.n, found.n_unit,
-        {"layer": layer, "mean_nats": overall.value},
+        {"layer": layer, "mean_nats": overall.value}, quantity="score of position 0 above others, best block",
     )  # fmt: skip
 
 

@@ -103,6 +103,7 @@ class ConceptErasure(Collectable):
                         int(at["n_groups"]),
                         "prompts",
                         {"case": case, "layer": int(at["layer"]), "check": name, "erased": gone},
+                        quantity=f"AUROC after erasure, {'new prompts' if name == 'fresh' else 'fitted again'}",
                     )
                 )
         return found
@@ -221,7 +222,7 @@ class ProbeSteering(Collectable):
         where = {"point": point, "follows": follows, "control_rms": scale, "p_value": p}
         first = Finding(
             claim, slope.value, "logits per dose", float(controls.mean()), "mean slope of random directions", slope.ci95,
-            slope.n, slope.n_unit, where,
+            slope.n, slope.n_unit, where, quantity="preference gained per dose",
         )  # fmt: skip
         ends = [text_mean(data["kl_nats"].isel(dose=i).values, "prompts") for i in (0, -1)]
         i = int(ends[1].value >= ends[0].value)
@@ -232,8 +233,9 @@ class ProbeSteering(Collectable):
             f"{fmt(control)}."
         )
         second = Finding(
-            cost, kl.value, "nats", control, "mean of random directions", kl.ci95, kl.n, kl.n_unit, {"dose": dose}
-        )
+            cost, kl.value, "nats", control, "mean of random directions", kl.ci95, kl.n, kl.n_unit, {"dose": dose},
+            quantity="divergence at the dose that moves most",
+        )  # fmt: skip
         return [first, second]
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:

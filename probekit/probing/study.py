@@ -76,6 +76,7 @@ class Sweep(Collectable):
         return Finding(
             claim, value, self.unit, self.nothing, "labels that have nothing to do with the rows", ends, n, "prompts",
             {"case": at["case"].item(), "layer": layer, "p_bonferroni": p},
+            quantity=f"{self.words} of the probe, layer chosen inside folds",
         )  # fmt: skip
 
     def _tells(self, result: Result) -> str:
@@ -90,7 +91,11 @@ class Sweep(Collectable):
             f"{fmt(float(at[f'{name}_{self.value}']))}."
         )
         where = {"case": at["case"].item(), "baseline": name}
-        return Finding(claim, value, self.unit, 0.0, "no better than it", ends, int(at["n_groups"]), "prompts", where)
+        beyond = {"bag": "a bag of token ids", "embedding": "the token embedding"}[name]
+        return Finding(
+            claim, value, self.unit, 0.0, "no better than it", ends, int(at["n_groups"]), "prompts", where,
+            quantity=f"{self.words} of the probe beyond {beyond}",
+        )  # fmt: skip
 
     def draw(self, result: Result) -> dict[str, plots.Drawing]:
         """Held-out figures over layers with their baselines."""

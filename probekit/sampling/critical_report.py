@@ -86,6 +86,7 @@ def _clearest(result: Result, found: list[_Critical]) -> Finding:
         f"another token in its place {_of(replaced.mean(), n)} are.",
         value, "share", 0.0, "the token makes no difference", _difference(int(kept.sum()), int(replaced.sum()), n), n,
         "continuations", {"text": one.text, "pos": one.at, "token": str(data["token_str"].values[one.place])},
+        quantity="gain at the clearest critical token",
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def _compared(result: Result, group: int) -> Finding | None:
         f"{_ABOUT[group]} of the same answers, from {other[0]:.1%} to {other[1]:.1%}: the gain is "
         f"{abs(difference.value) * 100:.1f} points {'larger' if difference.value >= 0 else 'smaller'}{_chance(difference)}.",
         difference.value, "share", 0.0, f"the gain from replacing {_ABOUT[group]}", difference.ci95, difference.n,
-        difference.n_unit, {"group": GROUPS[group]},
+        difference.n_unit, {"group": GROUPS[group]}, quantity=f"gain of critical over {('', 'equally free', 'any')[group]} random tokens",
     )  # fmt: skip
 
 
@@ -158,12 +159,14 @@ def _where(result: Result, found: list[_Critical]) -> list[Finding]:
         Finding(
             f"In {_answers(found)}, the critical token lies {along.value:.0%} of the way along{' on average' * (len(found) > 1)}.",
             along.value, "share of the answer", 0.5, "uniform along the answer", along.ci95, along.n, along.n_unit,
+            quantity="place of critical tokens along the answer",
         ),
         Finding(
             f"Where critical tokens were drawn, the entropy is {fmt(float(here))} nats, {fmt(abs(excess.value))} "
             f"{'more' if excess.value >= 0 else 'less'} than over the tokens of their answers; their median probability is "
             f"{np.median(probs):.2g}.",
             excess.value, "nats", 0.0, "the mean over the same answers' tokens", excess.ci95, excess.n, excess.n_unit,
+            quantity="entropy at critical tokens beyond the mean",
         ),
     ]  # fmt: skip
 
@@ -180,7 +183,7 @@ def _own_words(result: Result, found: list[_Critical]) -> Finding:
         f"In {own.sum():,} of {_answers(found)}, the critical token is where the wrong result is first said; in {before:,} "
         "it comes before.",
         share.value, "share of critical tokens", float(chance), "a token of the answer drawn at random", share.ci95,
-        share.n, share.n_unit, {"before": before},
+        share.n, share.n_unit, {"before": before}, quantity="critical tokens that first say the wrong result",
     )  # fmt: skip
 
 
@@ -200,7 +203,7 @@ def _statuses(result: Result) -> Finding:
     return Finding(
         f"Of {len(status):,} {many}: {'; '.join(named)}.",
         share.value, "share of prompts", 0.0, "no wrong answer has a critical token", share.ci95, share.n, share.n_unit,
-        {name: int((status == k).sum()) for k, name in enumerate(STATUS)},
+        {name: int((status == k).sum()) for k, name in enumerate(STATUS)}, quantity="prompts with a critical token",
     )  # fmt: skip
 
 

@@ -52,11 +52,13 @@ def _hits(result: Result) -> list[Finding]:
             f"Mining along the gradient of the entropy evaluated {n:,} tokens in {steps} steps; {k} of them the model "
             f"does not repeat ({s} in no prompt of the strict check), and {k0} ({s0}) of {n0:,} drawn at random.",
             k / n, "share of tokens", k0 / n0, "tokens drawn at random", wilson(k, n), n, "tokens",
+            quantity="mined tokens not repeated, against random ones",
         ),
         Finding(
             f"A walk of the same rules that does without the gradient evaluated {n1:,} tokens, of which the model does "
             f"not repeat {k1} ({s1} in no prompt); along the gradient, {k} ({s}) of {n:,}.",
             k / n, "share of tokens", k1 / n1, "the walk without the gradient", wilson(k, n), n, "tokens",
+            quantity="mined tokens not repeated, against a blind walk",
         ),
     ]  # fmt: skip
 
@@ -76,7 +78,7 @@ def _of_all(result: Result) -> list[Finding]:
             f"Mining found {k} of {'' if all_drawn else 'about '}{everywhere * k0 / n0:,.0f} ordinary tokens that the model "
             "does not repeat in the same prompt.",
             value, "share of tokens not repeated", n / everywhere, "as many ordinary tokens at random", ci,
-            *((1, "vocabulary") if all_drawn else (n0, "tokens")),
+            *((1, "vocabulary") if all_drawn else (n0, "tokens")), quantity="tokens not repeated that mining found",
         )
     ]  # fmt: skip
 
@@ -99,7 +101,7 @@ def _recall(result: Result) -> list[Finding]:
             f"evaluated {k} and found {called} of these not repeated; the walk without the gradient evaluated {k1}, tokens "
             f"drawn at random held {k0}.",
             k / n, "share of glitch tokens", both / of, "as many scanned tokens at random", wilson(k, n), n,
-            "glitch tokens",
+            "glitch tokens", quantity="glitch tokens of the scan that mining evaluated",
         )
     ]  # fmt: skip
 
@@ -115,7 +117,7 @@ def _strict(result: Result) -> Finding:
         f"Mined tokens that the model repeats in none of four prompts, highest entropy first: {listed}{more}; {new} of "
         "them the scan did not look at.",
         float(len(bad)), "tokens", 0.0, "a model that handles every token", None, 1, "vocabulary",
-        {"ids": ", ".join(map(str, bad[:40].tolist()))},
+        {"ids": ", ".join(map(str, bad[:40].tolist()))}, quantity="mined tokens repeated in no strict prompt",
     )  # fmt: skip
 
 

@@ -96,21 +96,22 @@ def minority_findings(result: Result) -> list[Finding]:
 
 def _predicts(seen: Evidence) -> Finding:
     k, m = int(seen.fork.sum()), len(seen.places)
-    null = ("AUROC", 0.5, "entropy says nothing about forks")
+    null, quantity = ("AUROC", 0.5, "entropy says nothing about forks"), "prediction of forks by entropy"
     if not m:
         claim = (
             "Whether entropy predicts a fork could not be told: at no token of the answers is another one plausible."
         )
-        return Finding(claim, 0.5, *null, None, 1, "answers")
+        return Finding(claim, 0.5, *null, None, 1, "answers", quantity=f"{quantity} (not measurable)")
     found = seen.auroc
     where = {"n_forks": k, "n_positions": m}
     among = f"{k} fork{'s' * (k != 1)} among {m} sampled positions with two or more plausible tokens"
     trouble = _trouble(seen)
     if trouble or found.ci95 is None or not np.isfinite(found.value):
         value = found.value if np.isfinite(found.value) else 0.5
+        quantity += "" if np.isfinite(found.value) else " (not measurable)"
         claim = f"How well entropy predicts a fork could not be told: {trouble or 'there is one answer only'}."
         ends = found.ci95 if found.n > 1 else None
-        return Finding(claim, value, *null, ends, max(found.n, 1), found.n_unit, where)
+        return Finding(claim, value, *null, ends, max(found.n, 1), found.n_unit, where, quantity=quantity)
     low, high = found.ci95
     what = "better than chance" if low > 0.5 else "worse than chance" if high < 0.5 else "no better than chance can"
     if what.endswith("can"):
@@ -119,7 +120,8 @@ def _predicts(seen: Evidence) -> Finding:
         )
     else:
         claim = f"Entropy predicts forks {what}: AUROC {found.value:.2f}; {among}."
-    return Finding(claim, found.value, *null, found.ci95, found.n, found.n_unit, where | {"auroc_all": seen.auroc_all})
+    beside = where | {"auroc_all": seen.auroc_all}
+    return Finding(claim, found.value, *null, found.ci95, found.n, found.n_unit, beside, quantity=quantity)
 
 
 def _trouble(seen: Evidence) -> str:
@@ -153,7 +155,12 @@ def _recall(seen: Evidence) -> list[Finding]:
         f"positions with two or more plausible tokens they hold {chance:.0%}."
     )
     null = "share of the positions with two plausible tokens"
-    return [Finding(claim, found.value, "share of forks", chance, null, found.ci95, found.n, found.n_unit)]
+    return [
+        Finding(
+            claim, found.value, "share of forks", chance, null, found.ci95, found.n, found.n_unit,
+            quantity="forks in the high-entropy minority",
+        )
+    ]  # fmt: skip
 
 
 def _precision(seen: Evidence) -> list[Finding]:
@@ -170,9 +177,10 @@ def _precision(seen: Evidence) -> list[Finding]:
     null = "share of all positions with two plausible tokens that fork"
     return [
         Finding(
-            claim, found.value, "share of positions", seen.fork_share.value, null, found.ci95, found.n, found.n_unit
+            claim, found.value, "share of positions", seen.fork_share.value, null, found.ci95, found.n, found.n_unit,
+            quantity="positions of the high-entropy minority that fork",
         )
-    ]
+    ]  # fmt: skip
 
 
 def _forks(seen: Evidence) -> Finding:
@@ -190,7 +198,7 @@ def _forks(seen: Evidence) -> Finding:
     null = "continuations dealt anew to the tokens"
     return Finding(
         claim, share.value, "share of positions", seen.by_chance, null, share.ci95, share.n, share.n_unit,
-        {"half_share": half if half is not None else "none"},
+        {"half_share": half if half is not None else "none"}, quantity="positions that fork",
     )  # fmt: skip
 
 
@@ -207,18 +215,22 @@ def _concentrated(seen: Evidence) -> Finding:
     )
     null = "entropy spread evenly over tokens"
     ends = found.ci95 if np.isfinite(found.value) else (None if found.n == 1 else (0.0, 1.0))
-    return Finding(claim, value, "share of entropy", share, null, ends, found.n, found.n_unit, {"cut_nats": cut})
+    return Finding(
+        claim, value, "share of entropy", share, null, ends, found.n, found.n_unit, {"cut_nats": cut},
+        quantity="entropy in the high-entropy minority" + ("" if np.isfinite(found.value) else " (not measurable)"),
+    )  # fmt: skip
 
 
 def _types(seen: Evidence) -> Finding:
     result = seen.result
     value, null = float(result["type_share"]), float(result["type_share_null"])
     low, high = float(result["type_share_low"]), float(result["type_share_high"])
-    words = "entropies shuffled over tokens"
+    words, quantity = "entropies shuffled over tokens", "variance of entropy that the token explains"
     least = result.params.as_dict()["min_count"]
     if not np.isfinite([value, null]).all():
         claim = f"No two token types occur {least} times or more and in two answers: there is no word table."
-        return Finding(claim, 0.0, "share of variance", 0.0, words, None, 1, seen.n_unit)
+        quantity += " (not measurable)"
+        return Finding(claim, 0.0, "share of variance", 0.0, words, None, 1, seen.n_unit, quantity=quantity)
     mean, names = result["word_mean"].values, result["vocab_str"].values
     top, bottom = int(np.nanargmax(mean)), int(np.nanargmin(mean))
     claim = (
@@ -229,4 +241,5 @@ def _types(seen: Evidence) -> Finding:
     )
     n = int(seen.unit_of_token.max()) + 1
     ends = (low, high) if np.isfinite([low, high]).all() else None
-    return Finding(claim, value, "share of variance", null, words, ends, n if ends else 1, seen.n_unit)
+    n = n if ends else 1
+    return Finding(claim, value, "share of variance", null, words, ends, n, seen.n_unit, quantity=quantity)

@@ -247,16 +247,19 @@ def _direction(result: Result, which: tuple[int, ...], roles: tuple[str, str]) -
     primary, rule, random, other = which
     values, name = by_unit(result["hit"].values)
     null = "as many tokens switched at random places of the same answers"
-    told = _told(result, rule, roles)
+    told, quantity = _told(result, rule, roles), f"gain from few tokens of the {roles[1]}"
     if not values.shape[1]:
         claim = f"{told}; none of the answers by which to tell what is expected says anything."
-        return Finding(claim, 0.0, "share of answers", 0.0, null, None, 1, name)
+        quantity += " (not measurable)"
+        return Finding(claim, 0.0, "share of answers", 0.0, null, None, 1, name, quantity=quantity)
     gain = difference(values[rule] - values[random], name)
     share = result["hit_share"].values
     where = {"switched": _mean_switches(result, rule), "switched_at_random": _mean_switches(result, random)}
     if not result["switched"].values[rule].any():
         claim = f"{told}: {share[primary]:.0%} of its answers {_say(result)}, {share[other]:.0%} of the {roles[1]}'s."
-        return Finding(claim, gain.value, "share of answers", 0.0, null, gain.ci95, gain.n, gain.n_unit, where)
+        return Finding(
+            claim, gain.value, "share of answers", 0.0, null, gain.ci95, gain.n, gain.n_unit, where, quantity=quantity
+        )
     clear = gain.ci95 is not None and not gain.ci95[0] <= 0 <= gain.ci95[1]
     claim = (
         f"{told}, {share[rule]:.0%} of the answers {_say(result)}{_closed(result, rule)}, with as many at random places "
@@ -264,7 +267,9 @@ def _direction(result: Result, which: tuple[int, ...], roles: tuple[str, str]) -
         f"{'' if np.isfinite(result['recovery'].values[rule]) else ', which are not told apart'}"
         f"{'' if clear else '; these answers do not tell the rule from random places'}."
     )
-    return Finding(claim, gain.value, "share of answers", 0.0, null, gain.ci95, gain.n, gain.n_unit, where)
+    return Finding(
+        claim, gain.value, "share of answers", 0.0, null, gain.ci95, gain.n, gain.n_unit, where, quantity=quantity
+    )
 
 
 def _told(result: Result, rule: int, roles: tuple[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from helpers import assert_same, run, scripted, texts_of, tiny_model
+from helpers import assert_quantities, assert_same, run, scripted, texts_of, tiny_model
 
 from probekit.analysis import Analysis, Finding, Result, analyses, load_result
 from probekit.core import AXES, Batch, TextError
@@ -175,9 +176,10 @@ def _plain(drawing: Figure | TokenStrip) -> str:
 @every_model
 @pytest.mark.parametrize("lengths", [LENGTHS, (40,), (18,), (24, 20)], ids=str)
 def test_findings_carry_their_evidence(name: str, source: str, lengths: tuple[int, ...]) -> None:
-    """Claim, value, unit, null and its meaning, n; and an interval around the value whenever n > 1."""
+    """Claim, value, unit, null and its meaning, n; an interval around the value whenever n > 1; what is measured."""
     findings = result_of(name, source, texts_of(lengths)).findings
     assert findings
+    assert_quantities(findings)
     for f in findings:
         assert f.analysis == name and f.claim.endswith(".") and "nan" not in f.claim.lower(), f.claim
         assert f.unit and f.null_meaning and f.n_unit and f.n >= 1
@@ -210,6 +212,18 @@ def test_figures_explain_themselves(name: str, source: str, lengths: tuple[int, 
             axes = [v for k, v in figure["layout"].items() if k.startswith(("xaxis", "yaxis"))]
             named = [a for a in axes if a.get("visible", True) and a.get("autorange") != "reversed"]  # bars with labels
             assert named and all(a.get("title", {}).get("text") for a in named), key
+
+
+def test_every_finding_that_is_built_names_its_quantity() -> None:
+    """Also those that no test's texts bring about, and those of the analyses that are held to contracts elsewhere."""
+    root, built = Path(__file__).parents[2], 0
+    for path in sorted([*(root / "probekit").rglob("*.py"), *(root / "analyses").glob("*.py")]):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Finding", "pk.Finding"):
+                named = {k.arg for k in call.keywords}  # None stands for **, as of sticky-tokens
+                assert named & {"quantity", None}, f"{path.relative_to(root)}:{call.lineno} names no quantity"
+                built += 1
+    assert built > 100
 
 
 def _bounds() -> list[Any]:

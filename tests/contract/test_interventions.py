@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, copy_of, tiny_model, words_tokenizer
+from helpers import assert_quantities, assert_same, copy_of, tiny_model, words_tokenizer
 from intervention_cases import CASES
 
 from probekit.analysis import Analysis, Finding, Result, analyses, get_analyses, load_result
@@ -193,6 +193,7 @@ def _plain(drawing: Figure | TokenStrip) -> str:
 
 def _check_findings(name: str, findings: list[Finding]) -> None:
     assert findings
+    assert_quantities(findings)
     for f in findings:
         assert f.analysis == name and f.claim.endswith(".") and "nan" not in f.claim.lower().split(), f.claim
         assert f.unit and f.null_meaning and f.n_unit and f.n >= 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import assert_quantities
 from sticky_model import BagEmbedder
 
 import probekit as pk
@@ -49,6 +50,7 @@ def test_every_variable_is_declared_with_unit_and_axes(result: pk.Result) -> Non
 
 def test_findings_have_null_interval_and_n(result: pk.Result) -> None:
     assert result.findings
+    assert_quantities(result.findings)
     for finding in result.findings:
         assert isinstance(finding, Finding) and finding.n >= 1 and finding.null_meaning and finding.unit
         assert np.isfinite([finding.value, finding.null]).all()

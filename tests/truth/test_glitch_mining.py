@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import vocabulary_toy as toy
-from helpers import run
+from helpers import assert_quantities, run
 from mining_toy import Graded, World, driven, far_out
 
 import probekit as pk
@@ -233,6 +233,7 @@ def claims(result: Result, start: str) -> Any:
 
 def test_planted_tokens_are_mined_and_counted_by_hand(found: Result) -> None:
     """Every number of the findings, from the variables; mining comes by all eight, fewer lie on the other ways."""
+    assert_quantities(found.findings)
     visited = {s: np.flatnonzero(np.isfinite(found[s].values)) for s in ("mined", "walked", "drawn")}
     held = {s: len(set(PLANTED) & set(ids.tolist())) for s, ids in visited.items()}
     assert held["mined"] == 8 > max(held["walked"], held["drawn"])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import vocabulary_toy as toy
-from helpers import run
+from helpers import assert_quantities, run
 
 import probekit as pk
 from probekit.analysis import Result
@@ -73,6 +73,7 @@ def test_without_planted_rows_candidates_behave_like_controls() -> None:
 def test_exactly_the_tokens_that_cannot_be_copied_are_verified() -> None:
     model = toy.Copier(PLANTED, weights=toy.rows_with(PLANTED))
     result = find(model)
+    assert_quantities(result.findings)
     behaviour, strings, _ = result.findings
     assert (behaviour.value, behaviour.null, behaviour.n) == (0.4, 0.0, 10)
     assert strings.value == 4 and sorted(map(int, strings.where["ids"].split(", "))) == sorted(PLANTED)

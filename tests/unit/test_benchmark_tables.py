@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from helpers import assert_quantities
 
 import probekit as pk
 from probekit.analysis.registry import load_file, temporary_registrations
@@ -45,6 +46,7 @@ def test_costs_are_medians_with_their_verdict(tables: Any, tmp_path: Path) -> No
     result = pk.result_of("capture-benchmark", tables.cost_table(_cases(tables)), {})
     assert result["median"].values.tolist() == [1.1, 1.3, 2.6, 2.6, 7.0, 100.0, 3000.0]
     assert (float(result["lowest"][0]), float(result["highest"][0])) == (1.0, 1.3)
+    assert_quantities(result.findings)
     claims = [f.claim for f in result.findings]
     verdicts = ["met" if "met." in c else "missed" if "missed." in c else "" for c in claims]
     assert verdicts == ["met", "missed", "met", "missed", "", "", "missed"], claims

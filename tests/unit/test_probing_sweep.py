@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same
+from helpers import assert_quantities, assert_same
 from probing_toy import collection
 
 import probekit as pk
@@ -47,6 +47,7 @@ def test_it_saves_shows_and_reports_like_others(result: pk.Result, tmp_path: Pat
     assert set(result.figures()) == {"layers", "calibration", "codelength"}
     for figure in result.figures().values():
         assert figure.title and figure.caption and figure.alt
+    assert_quantities(result.findings)
     for f in result.findings:
         assert f.ci95 is not None and f.ci95[0] <= f.value <= f.ci95[1] and f.n == N
 
