@@ -134,7 +134,7 @@ def manifest_of(setup: Setup) -> dict[str, Any]:
 
 def _captures(job: Job, setup: Setup) -> list[str]:
     """What an analysis looks at first, in short spellings, which hold the hash of a lens."""
-    request = job.analysis.observe(job.params, setup.model.info)
+    request = next(job.analysis.flow(job.params, setup.model.info))
     return [capture.key for capture in getattr(request, "captures", ())]
 
 

@@ -255,7 +255,7 @@ def test_a_trained_lens_streams_and_another_one_is_refused_later(path: Path, tin
     assert_same_result(found, alone)
     assert lens.title in found.findings[2].claim and f"Read by the {lens.title}" in found.figures()["kl"].caption
     random_lens(tmp_path / "lens", *sizes, scale=0.5)
-    with pytest.raises(pk.ProbekitError, match="captures logit-lens was .* and is"):
+    with pytest.raises(pk.ProbekitError, match=r"captures logit-lens was .* and is"):
         streamed()
 
 
