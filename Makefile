@@ -21,7 +21,7 @@ app: $(VENV)/.app
 
 test: $(VENV)/.dev
 	$(MAKE) check
-	$(PY) -m pytest -q --durations=10
+	$(PY) -m pytest -q --durations=10 -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -77,11 +77,22 @@ def smol() -> Any:
 
 @pytest.fixture(scope="module")
 def threads() -> Iterator[None]:
-    """All processors, for products that are large enough."""
+    """All processors that other test processes leave, for products that are large enough."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    yield from _threads(max(1, min((os.cpu_count() or 1) // processes, 8)))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread, for short texts: several would wait for each other."""
+    yield from _threads(1)
+
+
+def _threads(n: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(min(os.cpu_count() or 1, 8))
+    torch.set_num_threads(n)
     yield
     torch.set_num_threads(before)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import probekit as pk
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("one_thread")]
 GOOD = [
     "wonderful",
     "excellent",
@@ -65,15 +63,6 @@ PROMPTS = (
     "My first day at the new job was",
     "The service in this shop is",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """One thread: the texts are short, and threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_praise_is_read_and_steers(smol: Any) -> None:

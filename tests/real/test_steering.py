@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers import run
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("one_thread")]
 STEMS = (
     "I saw the new film last night and thought it was",
     "The soup they served us at the restaurant was",
@@ -27,15 +25,6 @@ NEUTRAL = (
     "The train leaves from platform four at ten past nine and arrives in the afternoon.",
     "Water boils at one hundred degrees Celsius at sea level and at a lower temperature in the mountains.",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """One thread: the texts are short, and threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_sentiment_steers_with_both_signs(smol: Any) -> None:
