@@ -6,7 +6,7 @@ python analyses/critical_tokens_on_maths.py --questions-file gsm8k.jsonl --model
 python analyses/critical_tokens_on_maths.py --questions-file gsm8k.jsonl --models path/to/chat-model --chat --max-tokens 400
 
 A file has a JSON object per line, with "question" and "answer"; the right result stands after "####", as in GSM8K.
-Without a file, questions of two steps are made from a few forms. A few answers to each question are sampled; those that
+Without a file, questions of one or two steps are made from a few forms. A few answers to each question are sampled; those that
 are sometimes right and sometimes wrong are looked at. Whatever was sampled is kept beside the report: the same command
 goes on where it broke off, and one with more samples adds to them.
 """
@@ -42,30 +42,21 @@ WORKED = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, ans
 RESULT = r"[Tt]he answer is:? \$?(-?\d+)(?![\d,.]*\d)"  # whole numbers, written without separators
 
 
-# Forms of questions with a, b, c drawn below, and how their answer comes about.
+# Forms of questions with a, b, c drawn below, and how their answer comes about; a is the largest.
 FORMS = (
-    (
-        "A shop has {a} shelves with {b} books each. It sells {c} books. How many books are left?",
-        lambda a, b, c: a * b - c,
-    ),
-    (
-        "Mia has {a} coins and Leo has {b} coins. They find {c} more. How many coins do they have?",
-        lambda a, b, c: a + b + c,
-    ),
-    (
-        "A train has {a} cars with {b} seats each and {c} seats more in front. How many seats?",
-        lambda a, b, c: a * b + c,
-    ),
-    ("Ida buys {a} cakes for ${b} each and a drink for ${c}. How much does she pay?", lambda a, b, c: a * b + c),
+    ("Mia has {a} coins. She finds {b} more. How many coins does she have?", lambda a, b, c: a + b),
+    ("A shop has {a} books. It sells {b} of them. How many books are left?", lambda a, b, c: a - b),
+    ("Leo has {a} pens. He buys {b} and loses {c}. How many pens does he have?", lambda a, b, c: a + b - c),
+    ("Ida buys {b} cakes for ${c} each. How much does she pay?", lambda a, b, c: b * c),
 )
 
 
 def made_questions(n: int, seed: int) -> list[tuple[str, str]]:
-    """Questions of two steps with their results; the numbers are drawn."""
+    """Questions of one or two steps with their results; the numbers are drawn."""
     draw, found = random.Random(seed), []
     for i in range(n):
         form, result = FORMS[i % len(FORMS)]
-        a, b, c = draw.randint(3, 9), draw.randint(4, 12), draw.randint(2, 11)
+        a, b, c = draw.randint(8, 15), draw.randint(3, 7), draw.randint(2, 5)
         found.append((form.format(a=a, b=b, c=c), str(result(a, b, c))))
     return found
 
@@ -117,7 +108,7 @@ def main() -> None:
     """Sample, scan, replace, write one report."""
     parser = arguments(__doc__, "critical-tokens-on-maths", corpora=False)
     parser.add_argument("--questions-file", type=Path, help=".jsonl in the form of GSM8K; made questions if left out")
-    parser.add_argument("--questions", type=int, default=16, help="how many are asked")
+    parser.add_argument("--questions", type=int, default=24, help="how many are asked")
     parser.add_argument("--samples", type=int, default=8, help="answers sampled per question, by which it is chosen")
     parser.add_argument("--n", type=int, default=16, help="continuations of each prefix, and of each token replaced")
     parser.add_argument("--controls", type=int, default=2, help="random tokens of each kind, per answer")
