@@ -165,6 +165,15 @@ def paths_in(notebook: Any) -> list[str]:
     return sorted(root for root in roots if len(root) > 1 and any(root in text for text in outputs))
 
 
+def fetch_models() -> None:
+    """Have the embedded models on this machine before the network closes."""
+    import probekit as pk
+
+    for row in pk.list_models():
+        if not row["cached"]:
+            pk.open_model(row["name"])
+
+
 def note_seconds(readme: Path, name: str, seconds: float) -> None:
     """Put the CPU seconds of a notebook into its row of the index."""
     row = re.compile(rf"^(\| .*\({re.escape(name)}\).*\| )[^|]+( \|)$", re.MULTILINE)
@@ -181,6 +190,7 @@ def main() -> None:
     chosen = [path for path in sorted(HERE.glob("*.ipynb")) if path.name.startswith(names)]
     if not chosen:
         parser.error(f"no notebook in {HERE} begins with {' or '.join(names)}")
+    fetch_models()
     for path in chosen:
         ran = execute(nbformat.read(path, as_version=4), images="only")
         nbformat.write(settled(ran.notebook), path)

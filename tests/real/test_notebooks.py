@@ -62,6 +62,7 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N7
 def test_a_notebook_runs_offline_in_time_and_is_stored_as_it_ran(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    notebooks.fetch_models()
     stored = read(path)
     ran = notebooks.execute(stored)
     with capsys.disabled():
