@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: app demo test check format benchmark clean help
+.PHONY: app demo test check format notebooks benchmark clean help
 
 help:
 	@echo "make demo    set up, fetch the embedded model, run every analysis, write reports/demo/report.html"
@@ -12,6 +12,7 @@ help:
 	@echo "make check   lint and types only"
 	@echo "make benchmark  measure what capture costs, beside TransformerLens and nnsight (half an hour)"
 	@echo "make format  let ruff format the code"
+	@echo "make notebooks  run the notebooks and store what they show (five minutes)"
 
 demo: $(VENV)/.base
 	$(PY) -m probekit demo
@@ -31,6 +32,9 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+notebooks: $(VENV)/.dev
+	$(PY) notebooks/execute.py
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -33,6 +33,9 @@ class LensTraining(Params):
     fit_tokens: int = param(24_000, low=64, high=1 << 30, unit="tokens", help="Most tokens of the least squares")
     learning_rate: float = param(0.0, low=0.0, high=10.0, help="At its peak; 0 for the recipe's own")
     weight_decay: float = param(-1.0, low=-1.0, high=1.0, help="Of the trained matrices; -1 for the recipe's own")
+    apart_tokens: int = param(
+        96, low=8, high=1 << 20, unit="tokens", help="Most tokens on which choices are made; never trained on"
+    )
     held_out: float = param(
         0.1, low=0.01, high=0.5, unit="share", help="Share of texts or stretches kept for the report"
     )

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from .fitting import Apart, Translators
 
-APART = 96  # tokens on which choices are made; never trained on
 TOGETHER = 8  # windows that run together
 KEPT_EVERY = 60.0  # seconds between checkpoints
 _ROWS = Capture("resid_post", Keep())
@@ -238,7 +237,8 @@ class _Training:
         rng = np.random.default_rng([self.settings.seed, 1])
         windows = [self.parts.apart[i] for i in rng.permutation(len(self.parts.apart))[:TOGETHER]]
         rows = self._rows(windows)
-        rows = rows[:, torch.as_tensor(np.sort(rng.permutation(rows.shape[1])[:APART]))]
+        drawn = np.sort(rng.permutation(rows.shape[1])[: self.settings.apart_tokens])
+        rows = rows[:, torch.as_tensor(drawn)]
         return Apart(rows, self.reading.final(rows[-1]))
 
     def _fit(self) -> None:
@@ -286,7 +286,9 @@ class _Training:
         for layer, start in enumerate(translators.coordinates):
             rows = apart.rows[layer]
             zero = torch.zeros_like(start.matrix), torch.zeros_like(start.bias)
-            found = {"trained": translators.plain(layer), "regression": (start.matrix, start.bias), "zero": zero}
+            found = {"regression": (start.matrix, start.bias), "zero": zero}
+            if translators.done or self.settings.recipe != "regression":
+                found = {"trained": translators.plain(layer), **found}
             kl = {k: self.reading.divergence(rows + rows @ a.T + b, apart.final) for k, (a, b) in found.items()}
             best = min(kl, key=lambda k: kl[k]) if self.settings.recipe == "regression" else "trained"
             matrices[layer], biases[layer] = (t.cpu().numpy() for t in found[best])
