@@ -30,6 +30,10 @@ class ExportError(ProbekitError, RuntimeError):
     """A figure cannot be drawn as an image here."""
 
 
+class NoBrowserError(ExportError):
+    """There is no browser, or it does not start."""
+
+
 NO_KALEIDO = (
     "Images are drawn with kaleido, which is not installed: pip install 'probekit[notebook]'. A .html needs none."
 )
@@ -38,6 +42,9 @@ NO_BROWSER = (
     "`brew install --cask chromium`), or let kaleido fetch one (`kaleido_get_chrome`), or name one in the environment "
     "variable BROWSER_PATH. A .html needs none."
 )
+
+
+_ANOTHER = "BROWSER_PATH names another one; a .html needs none."
 
 
 @cache
@@ -94,7 +101,7 @@ def close() -> None:
 
 def _ask(job: Job) -> bytes:
     if lacking := missing():
-        raise ExportError(lacking)
+        raise NoBrowserError(lacking)
     return _browser(os.getpid()).ask(job)
 
 
@@ -192,9 +199,12 @@ async def _opened() -> Any:
     kaleido = Kaleido(timeout=_PATIENCE, mathjax=False, browser_cls=Quiet)
     try:
         await asyncio.wait_for(kaleido.open(), _START)
-    except BaseException:
+    except BaseException as error:
         await _closed(kaleido)
-        raise
+        if not isinstance(error, Exception):
+            raise
+        said = " ".join(map(str, error.args))[:300] or type(error).__name__
+        raise NoBrowserError(f"The browser that draws images does not start: {said} {_ANOTHER}") from error
     return kaleido
 
 

@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 from probekit.core import InputError, StoreError, unknown
 
 from .axes import title_pad
-from .browser import ExportError, figure_image, missing, picture_of
+from .browser import ExportError, NoBrowserError, figure_image, missing, picture_of
 from .figure import Drawing, Figure, TokenStrip
 from .page import figure_json
 from .strip_svg import strip_svg
@@ -135,9 +135,13 @@ def notebook_image(drawing: Drawing) -> tuple[bytes, tuple[float, float]] | None
             return picture_of(svg, "png", size, 1.5), size
         plot, size = _sized(drawing, _NOTEBOOK_WIDTH, None, title=True)
         return _painted(plot, size, 1.5, depth=1.0), size
+    except NoBrowserError as error:
+        static_images(False)  # waiting for it once is enough
+        said = f"{error} Figures have no static images from here on; static_images(True) tries again."
     except ExportError as error:
-        warnings.warn(f"No static image: {error}", RuntimeWarning, stacklevel=2)
-        return None
+        said = str(error)
+    warnings.warn(f"No static image: {said}", RuntimeWarning, stacklevel=2)
+    return None
 
 
 def _figure_bytes(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from probekit.core import unknown
+
 from .text import unescape
 from .theme import PLOT_CONFIG
 
@@ -202,6 +204,9 @@ class Drawings(dict[str, Drawing]):
         from .export import save_drawings
 
         return save_drawings(self, folder, format, width=width, scale=scale, title=title)
+
+    def __missing__(self, name: str) -> Drawing:
+        raise unknown("figure", name, self)
 
     def __repr__(self) -> str:
         return "\n".join(f"{name}: {drawing.title}" for name, drawing in self.items()) or "no figures"

@@ -310,6 +310,22 @@ def test_a_cell_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(strip_of(("a",))._repr_mimebundle_()) == {"text/html"}
 
 
+@needs_browser
+def test_a_browser_that_does_not_start_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    browser.close()
+    false = tmp_path / "chrome"
+    false.write_text("#!/bin/sh\nexit 1\n")
+    false.chmod(0o755)
+    monkeypatch.setenv("BROWSER_PATH", str(false))
+    monkeypatch.setenv("PROBEKIT_STATIC_IMAGES", "1")
+    with pytest.warns(RuntimeWarning, match="does not start.*BROWSER_PATH names another.*from here on"):
+        assert set(strip_of(("a",))._repr_mimebundle_()) == {"text/html"}
+    assert plots.static_images() is False and set(strip_of(("a",))._repr_mimebundle_()) == {"text/html"}
+    with pytest.raises(plots.ExportError, match="does not start"):
+        strip_of(("a",)).save(tmp_path / "a.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["chrome"]
+
+
 def test_all_figures_of_a_stored_run_are_written(tmp_path: Path) -> None:
     with temporary_registrations():
         results = fake_results()
