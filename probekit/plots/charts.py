@@ -123,7 +123,8 @@ def _add_level(plot: go.Figure, reference: tuple[float, str], along: str, *, log
     plot.add_shape(type="line", line={"color": MUTED, "width": 1.2, "dash": "dot"}, **ends)
     place = float(np.log10(value)) if log else value  # Plotly wants annotations, unlike shapes, in powers of ten
     at = {"xref": "paper", "x": 0.008, "xanchor": "left", "y": place, "yanchor": "bottom"}
-    beside = {"yref": "paper", "y": 1, "yanchor": "bottom", "x": value, "xanchor": "center"}
+    beside = {"yref": "paper", "y": 1, "yanchor": "bottom", "x": value}
+    beside["xanchor"] = "left" if value == 0 else "center"  # bars begin at 0, at the edge of the figure
     plot.add_annotation(
         text=escape(label),
         showarrow=False,
