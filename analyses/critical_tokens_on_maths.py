@@ -1,7 +1,7 @@
 """Critical tokens in answers to maths questions: where wrong answers are lost, and what replacing tokens helps.
 
 python analyses/critical_tokens_on_maths.py --plan
-python analyses/critical_tokens_on_maths.py                             # SmolLM2 on made questions; some minutes on 2 cores
+python analyses/critical_tokens_on_maths.py                             # SmolLM2 on made questions; ten minutes on 2 cores
 python analyses/critical_tokens_on_maths.py --questions-file gsm8k.jsonl --models path/to/model --n 64 --samples 16
 python analyses/critical_tokens_on_maths.py --questions-file gsm8k.jsonl --models path/to/chat-model --chat --max-tokens 400
 
