@@ -105,7 +105,7 @@ EXAMPLES: dict[str, Example] = {
     "dormant-heads": Example(
         f'{DOMAINS}result = pk.run("dormant-heads", model, texts, n_heads=4)',
         "--texts corpus.jsonl --n-heads 4",
-        ("difference", "cost"),
+        ("difference",),
     ),
     "direct-logit-attribution": Example(
         'text = "The capital of France is Paris. The capital of Italy is Rome."\n'
@@ -138,7 +138,7 @@ EXAMPLES: dict[str, Example] = {
         f'{WRONG}result = pk.run("critical-tokens", model, records, {ANSWER}, max_tokens=32,\n'
         "                n=12, tries=12)",
         f"{PROMPTS} --max-tokens 32 --n 12 --tries 12",
-        ("success", "strip"),
+        ("rate", "strip"),
     ),
     "forking-tokens": Example(
         f'{QUESTIONS}result = pk.run("forking-tokens", model, prompt, {ANSWER}, max_tokens=40,\n'
@@ -175,19 +175,19 @@ EXAMPLES: dict[str, Example] = {
     "glitch-tokens": Example(
         'result = pk.run("glitch-tokens", model, n_suspects=16, n_random=16, n_probe=3, n_mining=3, n_tried=4)',
         "--n-suspects 16 --n-random 16 --n-probe 3 --n-mining 3 --n-tried 4",
-        ("clusters",),
+        ("map", "tasks"),
     ),
     "sticky-tokens": Example(
         'result = pk.run("sticky-tokens", "all-minilm-l6-v2", n_scored=80, n_scoring=3, n_candidates=12,\n'
         "                n_validation=20, n_random=6, n_above=6)",
         "--model all-minilm-l6-v2 --preset quick",
-        ("attention", "distance"),
+        ("pairs", "retrieval"),
     ),
     "linear-probes": Example(
         f'{MOOD}rows = pk.collect(model, records, "resid_post", positions="last")\n'
         "result = pk.probing.sweep(rows, n_permutations=200)",
         "",
-        ("layers",),
+        ("layers", "codelength"),
     ),
     "linear-probes-of-numbers": Example(
         'records = [{"text": f"In the year {year} the town", "label": float(year), "group": str(year)}\n'
@@ -200,7 +200,7 @@ EXAMPLES: dict[str, Example] = {
     "concept-erasure": Example(
         f'{MOOD}rows = pk.collect(model, records, "resid_post", positions="last")\nresult = pk.probing.erase(rows)',
         "",
-        ("layers",),
+        ("erasure",),
     ),
     "probe-steering": Example(
         f'{MOOD}rows = pk.collect(model, records, "resid_post.16", positions="last")\n'
@@ -208,6 +208,6 @@ EXAMPLES: dict[str, Example] = {
         'prompts = ["The new restaurant in town is", "Our holiday by the lake was", "The book that you lent me is"]\n'
         'result = pk.probing.steer(model, probe, "resid_post.16", prompts, (" great", " terrible"), fitted_on=rows)',
         "",
-        ("dose",),
+        ("dose_response",),
     ),
 }

@@ -12,7 +12,7 @@ from .page import figure_json, plotly_js
 from .scatter import scatter
 from .stream import stream
 from .strip_svg import color_limits
-from .text import escape, token_label, token_labels, unescape, visible
+from .text import escape, token_label, token_labels, unescape, visible, without_hover
 from .theme import DIVERGING, PALETTE, PLOT_CONFIG, SEQUENTIAL, UNDEFINED
 from .words import next_words, words_by_id
 
@@ -50,5 +50,6 @@ __all__ = [
     "token_labels",
     "unescape",
     "visible",
+    "without_hover",
     "words_by_id",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 from probekit.core import unknown
 
 from .figure import Quantity, TokenStrip
-from .text import visible
+from .text import visible, without_hover
 from .theme import DIVERGING, FONT, INK, MUTED, RULE, SEQUENTIAL, UNDEFINED
 
 MONOSPACE = "'DejaVu Sans Mono', 'Liberation Mono', Menlo, Consolas, monospace"
@@ -73,14 +73,16 @@ def strip_svg(
         page.words(visible(strip.title, keep_whitespace=True), size=15, weight=600, color=INK)
         page.down(6)
     page.legend(chosen, scale)
+    page.parts.append(f'<g font-family={quoteattr(MONOSPACE)} font-size="{_SIZE:g}">')
     _tokens(page, strip, [scale.color(float(v)) for v in chosen.values], most_lines)
+    page.parts.append("</g>")
     if title:
         page.down(6)
-        page.words(visible(strip.caption, keep_whitespace=True), size=12, weight=400, color=MUTED)
+        page.words(visible(without_hover(strip.caption), keep_whitespace=True), size=12, weight=400, color=MUTED)
     height = math.ceil(page.y + 8)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height}" viewBox="0 0 {width:g} {height}" '
-        f'role="img" font-family={quoteattr(FONT)}>'
+        f'role="img">'
         f"<title>{_xml(strip.title)}</title><desc>{_xml(strip.alt)}</desc>"
         f'<rect width="{width:g}" height="{height}" fill="#ffffff"/>'
     )
@@ -208,8 +210,7 @@ class _Page:
             )
             self.parts.append(
                 f'<text x="{self.x + _PAD:.2f}" y="{top + 12.6:.2f}" textLength="{length:.2f}" '
-                f'lengthAdjust="spacingAndGlyphs" font-family={quoteattr(MONOSPACE)} font-size="{_SIZE:g}" '
-                f'fill="{ink}" unicode-bidi="isolate">{shown}</text>'
+                f'lengthAdjust="spacingAndGlyphs" fill="{ink}" unicode-bidi="isolate">{shown}</text>'
             )
         self.x += length + 2 * _PAD + _GAP
 
@@ -297,7 +298,7 @@ def _ink(color: str) -> str:
 
 
 def _text(x: float, y: float, text: str, *, size: float, weight: int, color: str) -> str:
-    style = f'font-size="{size:g}" font-weight="{weight}" fill="{color}"'
+    style = f'font-family={quoteattr(FONT)} font-size="{size:g}" font-weight="{weight}" fill="{color}"'
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{_xml(text)}</text>'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 import unicodedata
 from collections import Counter
@@ -42,6 +43,11 @@ def wrapped(text: str, width: int = _TITLE_WIDTH) -> str:
 def unescape(text: str) -> str:
     """The plain text that `escape`, `escape_lines` or `wrapped` made a Plotly text of; line breaks become spaces."""
     return html.unescape(text.replace("<br>", " "))
+
+
+def without_hover(text: str) -> str:
+    """A caption without its sentences about what the mouse shows, for pictures that do not answer it."""
+    return re.sub(r"\s*\bHover [^.]*(\.|$)", "", text)
 
 
 def visible(text: str, *, keep_whitespace: bool = False) -> str:

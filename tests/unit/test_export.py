@@ -118,6 +118,11 @@ def test_a_strip_holds_every_token_and_every_colour() -> None:
     assert "shift" in words_of(other) and "undefined" in words_of(other) and TITLE not in words_of(other)
 
 
+def test_a_picture_does_not_speak_of_the_mouse() -> None:
+    said = "Model, 3 texts. Hover for the token's role, and more. The primary's own is 1. Hover a token."
+    assert plots.without_hover(said) == "Model, 3 texts. The primary's own is 1."
+
+
 def test_whatever_a_token_holds_the_strip_is_sound_xml() -> None:
     odd = (
         *NASTY,
