@@ -224,7 +224,13 @@ def _drawn(name: str, drawings: Any) -> list[dict[str, str]]:
             path.unlink()
             path = drawing.save(path.with_suffix(".png"), width=820, scale=1.5, **strip)
         found.append(
-            {"file": path.name, "title": drawing.title.rstrip("."), "alt": drawing.alt, "caption": drawing.caption}
+            {
+                "file": path.name,
+                "title": drawing.title.rstrip("."),
+                "alt": drawing.alt,
+                "caption": pk.plots.without_hover(drawing.caption),
+                "run": run_id(name),
+            }
         )
     return found
 

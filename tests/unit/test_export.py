@@ -104,8 +104,10 @@ def test_a_landscape_exports_without_a_graphics_card(tmp_path: Path) -> None:
     assert len(images) == 1 and len(base64.b64decode(images[0].split(",")[1])) > 2000  # painted, not empty
 
 
-def test_a_strip_holds_every_token_and_every_colour() -> None:
-    svg, (width, height) = strip_svg(strip_of(("The", " cat", " sat", "\n", " on", "")))
+def test_a_strip_holds_every_token_and_every_colour(tmp_path: Path) -> None:
+    strip = strip_of(("The", " cat", " sat", "\n", " on", ""))
+    svg, (width, height) = strip_svg(strip)
+    assert strip.save(tmp_path / "strip.svg").read_text(encoding="utf-8") == svg
     root = ElementTree.fromstring(svg)
     texts = words_of(svg)
     for shown in ("The", "·cat", "·sat", "↵", "·on", TITLE, "surprisal", "How to read it."):
