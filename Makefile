@@ -22,7 +22,7 @@ app: $(VENV)/.app
 
 test: $(VENV)/.dev
 	$(MAKE) check
-	$(PY) -m pytest -q --durations=10 -n logical --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest -q --durations=10 -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(PY) -m ruff check .

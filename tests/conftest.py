@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Test files import `helpers`, `reference` and `fake_report` from this folder, whatever the import mode.
 sys.path.insert(0, str(Path(__file__).parent))
 OFFLINE = {"unit", "contract", "truth"}
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _PROCESSES > 1:  # also for servers and kernels that tests start: threads beyond the processors only wait, busily
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _PROCESSES)))
 
 
 class NetworkBlocked(Exception):
@@ -78,8 +81,7 @@ def smol() -> Any:
 @pytest.fixture(scope="module")
 def threads() -> Iterator[None]:
     """All processors that other test processes leave, for products that are large enough."""
-    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    yield from _threads(max(1, min((os.cpu_count() or 1) // processes, 8)))
+    yield from _threads(max(1, min((os.cpu_count() or 1) // _PROCESSES, 8)))
 
 
 @pytest.fixture(scope="module")
