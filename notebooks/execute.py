@@ -134,7 +134,8 @@ def _readable(data: Any) -> Any:
     if LIVE in data and "image/png" not in data:
         raise ValueError("A figure came without an image: pip install 'probekit[notebook]', and Chrome or Chromium.")
     kept = {kind: value for kind, value in data.items() if kind != LIVE}
-    if "image/png" in kept or "xr-wrap" in kept.get("text/html", ""):  # xarray's HTML is a heap of words without CSS
+    page = kept.get("text/html", "")
+    if "image/png" in kept or "xr-wrap" in page or "<script" in page:  # a heap of words where neither style nor script is
         kept.pop("text/html", None)
     if "image/png" in kept:
         kept["image/png"] = _small(kept["image/png"])
