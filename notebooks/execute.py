@@ -135,7 +135,9 @@ def _readable(data: Any) -> Any:
         raise ValueError("A figure came without an image: pip install 'probekit[notebook]', and Chrome or Chromium.")
     kept = {kind: value for kind, value in data.items() if kind != LIVE}
     page = kept.get("text/html", "")
-    if "image/png" in kept or "xr-wrap" in page or "<script" in page:  # a heap of words where neither style nor script is
+    if (
+        "image/png" in kept or "xr-wrap" in page or "<script" in page
+    ):  # a heap of words where neither style nor script is
         kept.pop("text/html", None)
     if "image/png" in kept:
         kept["image/png"] = _small(kept["image/png"])
